@@ -1,0 +1,203 @@
+"""Reading files from strangers, and writing files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rankwise.errors import FileError
+
+MAX_TEXT_BYTES = 64 * 1024 * 1024
+"""Largest JSON or YAML file that is read; a plan of 100,000 modules takes about 20 MB."""
+
+T = TypeVar("T")
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file, with its absence, size and encoding checked first.
+
+    Args:
+        path: The file.
+        what: What the file should be, for messages: `"rank plan"`.
+
+    Raises:
+        FileError: It is missing, a folder, larger than `MAX_TEXT_BYTES`, unreadable, or not UTF-8.
+    """
+    if not path.exists():
+        raise FileError(f"{what} {path}: no such file; check the path.")
+    if path.is_dir():
+        raise FileError(f"{what} {path}: is a folder; name a file in it.")
+    size = path.stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise FileError(f"{what} {path}: {size} bytes; at most {MAX_TEXT_BYTES} are read.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{what} {path}: cannot be read as UTF-8 text ({error}).") from error
+
+
+def parse_json(text: str, schema: type[T], *, path: Path, what: str) -> T:
+    """Validate JSON text against a dataclass, strictly: no coercion, no unknown key.
+
+    Raises:
+        FileError: Names the field, the value received and what was expected.
+    """
+    try:
+        return TypeAdapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise FileError(f"{what} {path}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """The first validation error in one line, with the field, its value and the remedy."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the top level"
+    count = error.error_count()
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    received = repr(first.get("input"))
+    if len(received) > 80:
+        received = received[:77] + "..."
+    return f"{where}: {first['msg']}; received {received}{more}."
+
+
+def check_schema_version(found: object, expected: int, *, path: Path, what: str) -> None:
+    """Refuse a file written by another generation of the format.
+
+    Raises:
+        FileError: The versions differ.
+    """
+    if found != expected:
+        raise FileError(
+            f"{what} {path}: schema_version {found!r}; this version of rankwise reads {expected}. "
+            "Write the file again, or install the version that wrote it."
+        )
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; never a pickle.
+
+    Raises:
+        FileError: The file is missing, truncated or not safetensors.
+    """
+    if not path.is_file():
+        raise FileError(f"{what} {path}: no such file; check the path.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{what} {path}: not a whole safetensors file ({error}).") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: beside it, fsync, rename.
+
+    Raises:
+        FileError: It cannot be written; an earlier file of that name is untouched.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as handle:
+            temporary = Path(handle.name)
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing was changed. "
+            "Free some space or choose another place."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, marker: str) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when not.
+
+    Args:
+        path: The folder to create or to replace.
+        marker: A file that tells that an existing folder is one of ours and may be replaced.
+
+    Raises:
+        FileError: `path` holds something else, or cannot be written; what was there is untouched.
+    """
+    check_replaceable(path, marker=marker)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _swap(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); nothing "
+            "was changed. Free some space or choose another place."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, marker: str) -> None:
+    """Refuse to write a folder over anything that is not an earlier result of the same kind.
+
+    Raises:
+        FileError: `path` is a file, or a non-empty folder without `marker`.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path}: is a file; name a folder.")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+        raise FileError(
+            f"{path}: exists and holds no {marker}, so it is not replaced; choose another folder."
+        )
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    try:
+        os.rename(path, retired / "old")
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(retired / "old", path)
+            raise
+    except BaseException:
+        retired.rmdir()  # empty, unless the earlier folder could not be put back
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

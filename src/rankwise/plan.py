@@ -1,0 +1,256 @@
+"""A rank plan: how much adapter each module gets; readable, savable, checked against a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from peft import LoraConfig
+from pydantic import ConfigDict, FiniteFloat, PositiveInt
+from torch import nn
+
+from rankwise.errors import PlanError, nearest
+from rankwise.files import check_schema_version, parse_json, read_text, write_text
+from rankwise.provenance import model_fingerprint
+from rankwise.tables import layer_table
+from rankwise.targets import LinearShape, exact_target_modules, linear_shape
+
+SCHEMA_VERSION = 1
+AdapterKind = Literal["lora", "ralora"]
+_FORBID = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """The adapter of one module.
+
+    Attributes:
+        d_in: Input features.
+        d_out: Output features.
+        rank: LoRA rank, or the rank of each diagonal block.
+        blocks: Diagonal blocks n; 1 is plain LoRA. Divides d_in and d_out.
+        gid: GID the blocks were chosen by, where one was measured.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    d_in: PositiveInt
+    d_out: PositiveInt
+    rank: PositiveInt
+    blocks: PositiveInt = 1
+    gid: FiniteFloat | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.blocks < 1:
+            raise PlanError(f"rank={self.rank} and blocks={self.blocks} must be at least 1.")
+        if self.blocks & (self.blocks - 1) or self.d_in % self.blocks or self.d_out % self.blocks:
+            raise PlanError(
+                f"blocks={self.blocks} must be a power of two that divides d_in={self.d_in} and "
+                f"d_out={self.d_out}."
+            )
+        if self.rank > min(self.d_in, self.d_out):
+            raise PlanError(
+                f"rank={self.rank} exceeds min(d_in, d_out)={min(self.d_in, self.d_out)}."
+            )
+
+    @property
+    def shape(self) -> LinearShape:
+        """The layer's dimensions."""
+        return LinearShape(self.d_in, self.d_out)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters `r (d_in + d_out)`, whatever the number of blocks."""
+        return self.rank * (self.d_in + self.d_out)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks and blocks for every adapted module of one model, with where they came from.
+
+    Attributes:
+        method: Name of the method that made the plan.
+        adapter: `"lora"` for plain LoRA, `"ralora"` for block-diagonal adapters.
+        r_ref: Reference rank: the LoRA rank with the same budget.
+        alpha: LoRA alpha; every module is scaled by `alpha / r_ref`.
+        budget: Trainable parameters allowed; None where the method sets no hard budget.
+        modules: Module name -> its adapter, in model order.
+        model: Name of the model.
+        model_fingerprint: Fingerprint of the profiled model, or None if none was profiled.
+        provenance: The profile's provenance and the method's options.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    method: str
+    adapter: AdapterKind
+    r_ref: PositiveInt
+    alpha: FiniteFloat
+    budget: PositiveInt | None
+    modules: dict[str, ModulePlan]
+    model: str = ""
+    model_fingerprint: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise PlanError("a plan needs at least one module.")
+        if self.r_ref < 1:
+            raise PlanError(f"r_ref={self.r_ref} must be at least 1.")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise PlanError(f"alpha={self.alpha} must be a positive number.")
+        if self.adapter == "lora" and any(m.blocks > 1 for m in self.modules.values()):
+            raise PlanError("adapter 'lora' has one block per module; use adapter 'ralora'.")
+        if self.budget is not None and self.parameters > self.budget:
+            raise PlanError(
+                f"the plan takes {self.parameters} parameters, over its budget of {self.budget}."
+            )
+
+    @cached_property
+    def parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(module.parameters for module in self.modules.values())
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of every update: `alpha / r_ref`."""
+        return self.alpha / self.r_ref
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically.
+
+        Raises:
+            FileError: The file cannot be written; an earlier one is untouched.
+        """
+        write_text(Path(path), json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Read a saved plan.
+
+        Raises:
+            FileError: Missing, malformed, of another schema, or with values that are not allowed.
+        """
+        path = Path(path)
+        plan = parse_json(read_text(path, "rank plan"), cls, path=path, what="rank plan")
+        check_schema_version(plan.schema_version, SCHEMA_VERSION, path=path, what="rank plan")
+        return plan
+
+    def check_fits(self, model: nn.Module, *, allow_other_base: bool = False) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Args:
+            model: The model to be adapted, without adapters.
+            allow_other_base: Accept other weights in the same shapes, say a continued checkpoint
+                or a quantised copy.
+
+        Raises:
+            PlanError: A module is missing or has another shape, or the weights are another model's.
+        """
+        modules = dict(model.named_modules())
+        for name, planned in self.modules.items():
+            shape = linear_shape(modules[name]) if name in modules else None
+            if shape is None:
+                linear = {n for n, m in modules.items() if linear_shape(m) is not None}
+                raise PlanError(
+                    f"the plan was made for another model: it adapts {name!r}, which is no linear "
+                    f"layer of this {type(model).__name__}; {nearest(name, linear)}"
+                )
+            if shape != planned.shape:
+                raise PlanError(
+                    f"the plan was made for another model: {name} is {shape.d_out} x {shape.d_in} "
+                    f"here and {planned.d_out} x {planned.d_in} in the plan. Plan again."
+                )
+        if self.model_fingerprint is None or allow_other_base:
+            return
+        found = model_fingerprint(model)
+        if found != self.model_fingerprint:
+            raise PlanError(
+                f"the plan was made for another model: profiled {self.model} with fingerprint "
+                f"{self.model_fingerprint}, this one has {found}. Profile this model, or pass "
+                "allow_other_base=True (--allow-other-base) to use the plan anyway."
+            )
+
+    def target_modules(self, model: nn.Module) -> list[str] | str:
+        """A PEFT `target_modules` value that matches exactly the planned modules."""
+        return exact_target_modules(list(self.modules), [n for n, _ in model.named_modules()])
+
+    def to_lora_config(self, **options: Any) -> LoraConfig:
+        """The plan as a plain `peft.LoraConfig`, for any tool that reads one.
+
+        Ranks go into `rank_pattern` and the constant scaling into `alpha_pattern`, one anchored
+        and escaped key per module, because PEFT reads keys as regular expressions on suffixes.
+
+        Args:
+            **options: Forwarded to `LoraConfig`, for example `lora_dropout` or `task_type`.
+
+        Raises:
+            PlanError: The plan has block-diagonal adapters, which LoRA cannot express.
+        """
+        if self.adapter != "lora":
+            raise PlanError(
+                f"a {self.adapter} plan has block-diagonal adapters, which LoraConfig cannot "
+                "express; use rankwise.attach(model, plan)."
+            )
+        alphas = {name: self.scaling * module.rank for name, module in self.modules.items()}
+        uneven = {name: m.rank for name, m in self.modules.items() if m.rank != self.r_ref}
+        return LoraConfig(
+            r=self.r_ref,
+            lora_alpha=_plain(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
+            target_modules=list(self.modules),
+            rank_pattern={_exactly(name): rank for name, rank in uneven.items()},
+            alpha_pattern={_exactly(name): _plain(alphas[name]) for name in uneven},
+            **options,
+        )
+
+    def __str__(self) -> str:
+        with_blocks = self.adapter == "ralora"
+        cells = {
+            name: f"r={m.rank}" + (f" n={m.blocks}" if with_blocks else "")
+            for name, m in self.modules.items()
+        }
+        caption = f"{len(self.modules)} modules, {self.parameters:,} trainable parameters"
+        if self.budget is not None:
+            caption += f" of {self.budget:,} ({self.budget - self.parameters:,} left)"
+        if with_blocks:
+            counts = [m.blocks for m in self.modules.values()]
+            mean = sum(counts) / len(counts)
+            caption += f"; blocks: mean {mean:.1f}, min {min(counts)}, max {max(counts)}"
+        title = f"{self.method} for {self.model or 'a model'}, alpha={_plain(self.alpha)}"
+        return layer_table(cells, title=title, caption=caption)
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _plain(number: float) -> float | int:
+    """An int where the number is whole, as PEFT's configs write alphas."""
+    return int(number) if float(number).is_integer() else number
+
+
+def module_plans(
+    shapes: Mapping[str, LinearShape],
+    ranks: Mapping[str, int],
+    blocks: Mapping[str, int],
+    gid: Mapping[str, float],
+) -> dict[str, ModulePlan]:
+    """Assemble per-module numbers; a module of rank 0 carries no adapter and is left out."""
+    return {
+        name: ModulePlan(
+            d_in=shape.d_in,
+            d_out=shape.d_out,
+            rank=ranks[name],
+            blocks=blocks.get(name, 1),
+            gid=gid.get(name),
+        )
+        for name, shape in shapes.items()
+        if ranks[name] > 0
+    }

@@ -1,0 +1,15 @@
+"""Measuring gradients: hooks, streaming statistics, and the profile they make."""
+
+from rankwise.profiling.loss import BatchLoss, LossFunction, model_loss
+from rankwise.profiling.measure import profile_gradients
+from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
+
+__all__ = [
+    "BatchLoss",
+    "GradientProfile",
+    "LossFunction",
+    "ModuleStatistics",
+    "ProfileProvenance",
+    "model_loss",
+    "profile_gradients",
+]

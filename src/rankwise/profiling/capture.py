@@ -1,0 +1,106 @@
+"""Seeing each target's input and output gradient, exactly once per backward.
+
+`dL/dW = sum_t g_t x_t'` over tokens t, with `x (T, d_in)` the layer's input and `g (T, d_out)` the
+gradient of the loss with respect to its output. Both are seen by a hook on the output *tensor* that
+holds on to the input, which works with every weight frozen, on quantised weights that have no
+`.grad`, and under gradient checkpointing, where a forward hook fires twice but each tensor's
+gradient arrives once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+CaptureConsumer = Callable[[str, Tensor, Tensor], None]
+"""Called as `consume(module_name, x (T, d_in), g (T, d_out))` once per use of a module."""
+
+
+@contextmanager
+def capture_gradients(
+    model: nn.Module, targets: Iterable[str], consume: CaptureConsumer
+) -> Iterator[None]:
+    """Call `consume` for every target on every backward inside the block.
+
+    All parameters are frozen meanwhile; their `requires_grad` and the model's hooks are as before
+    when the block ends, however it ends.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        for module in _input_embeddings(model):
+            _remove_at_exit(stack, module.register_forward_hook(_require_output_grad))
+        for name in targets:
+            hook = _capturing_hook(name, consume)
+            _remove_at_exit(stack, model.get_submodule(name).register_forward_hook(hook))
+        yield
+
+
+def _capturing_hook(
+    name: str, consume: CaptureConsumer
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = _require_output_grad(module, inputs, output)
+        if not output.requires_grad:
+            return output
+        x = inputs[0].detach()
+
+        def on_gradient(gradient: Tensor) -> None:
+            consume(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+
+        output.register_hook(on_gradient)
+        return output
+
+    return on_forward
+
+
+def _require_output_grad(_module: nn.Module, _inputs: object, output: Any) -> Any:
+    """Let gradients flow although every weight is frozen.
+
+    With reentrant checkpointing the input of a block must require a gradient or its backward is
+    skipped, hence the input embeddings; elsewhere the first target's own output is enough. The
+    clone is there because a leaf may not be changed in place, as `ReLU(inplace=True)` does.
+    """
+    if (
+        isinstance(output, Tensor)
+        and torch.is_grad_enabled()
+        and output.is_floating_point()
+        and not output.requires_grad
+    ):
+        return output.requires_grad_(True).clone()
+    return output
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        getter = getattr(module, "get_input_embeddings", None)
+        if not callable(getter):
+            continue
+        try:
+            embedding = getter()
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module):
+            found[id(embedding)] = embedding
+    return list(found.values())
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _remove_at_exit(stack: ExitStack, handle: RemovableHandle) -> None:
+    stack.callback(handle.remove)

@@ -1,0 +1,75 @@
+"""The loss whose gradient is measured, and how many items it is a mean over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from rankwise.errors import ProfileError
+
+IGNORED_LABEL = -100
+_UNSHIFTED_LOSSES = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
+
+
+class BatchLoss(NamedTuple):
+    """A mean loss and the number of items it is the mean of.
+
+    Batches are weighted by `items`, so that a profile is the gradient of the mean loss over all
+    items seen. With a token-mean loss, `items` is the number of tokens that carry a label.
+    """
+
+    loss: Tensor
+    items: int
+
+
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], BatchLoss]
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+    """The loss a transformers model computes from a batch that holds labels.
+
+    Args:
+        model: A module whose output has a `loss` that is the mean over labelled items.
+        batch: Keyword arguments of its forward, `labels` among them.
+
+    Raises:
+        ProfileError: There are no labels, or the model returns no loss.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ProfileError(
+            "the batch holds no 'labels' tensor, so the model computes no loss; add labels (for "
+            "causal language models a copy of input_ids) or pass loss_fn=."
+        )
+    arguments = dict(batch)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments.setdefault("use_cache", False)
+    loss = getattr(model(**arguments), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ProfileError(
+            f"{type(model).__name__} returned no loss for a batch with labels; pass loss_fn=, a "
+            "function (model, batch) -> rankwise.BatchLoss(loss, items)."
+        )
+    return BatchLoss(loss, count_labels(model, labels))
+
+
+def count_labels(model: nn.Module, labels: Tensor) -> int:
+    """How many labels the model's mean loss is over.
+
+    Causal language models predict the next token, so the first label of each row is never used;
+    encoder-decoders, masked models and token classifiers use every label that is not -100.
+    """
+    used = labels
+    if labels.ndim == 2 and _shifts_labels(model):
+        used = labels[:, 1:]
+    return int((used != IGNORED_LABEL).sum())
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return not str(getattr(model, "loss_type", None)).startswith(_UNSHIFTED_LOSSES)

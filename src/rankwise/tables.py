@@ -1,0 +1,71 @@
+"""Plain-text tables: layers down, module kinds across."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rankwise.targets import layer_position
+
+
+def render(table: Table) -> str:
+    """A rich table as plain text, as wide as its content."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=400, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+
+
+def make_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+) -> Table:
+    """A table whose first column is left-aligned and whose others are numbers."""
+    table = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def layer_table(cells: Mapping[str, str], *, title: str, caption: str) -> str:
+    """One cell per module, laid out as layer x kind; modules outside a stack get a row each."""
+    positions = {name: layer_position(name) for name in cells}
+    kinds: dict[str, None] = {}
+    grid: dict[tuple[str, int], dict[str, str]] = {}
+    alone: dict[str, str] = {}
+    for name, text in cells.items():
+        place = positions[name]
+        if place.index is None:
+            alone[name] = text
+        else:
+            kinds.setdefault(place.kind)
+            grid.setdefault((place.stack, place.index), {})[place.kind] = text
+    parts: list[Table] = []
+    if grid:
+        stacks = {stack for stack, _ in grid}
+        rows = [
+            [
+                str(i) if len(stacks) == 1 else f"{stack}.{i}",
+                *(row.get(kind, "-") for kind in kinds),
+            ]
+            for (stack, i), row in grid.items()
+        ]
+        parts.append(make_table(["layer", *kinds], rows))
+    if alone:
+        parts.append(make_table(["module", "value"], list(alone.items())))
+    return "\n".join([title, *(render(part) for part in parts), caption])
