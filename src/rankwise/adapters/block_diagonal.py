@@ -1,0 +1,268 @@
+"""RaLoRA: LoRA whose update is block-diagonal, so that the same parameters reach a higher rank.
+
+`delta_W = s blockdiag(B_1 A_1, ..., B_n A_n)`, `A_i (r, d_in/n)`, `B_i (d_out/n, r)`,
+`s = alpha / r_ref` (RaLoRA section 3.3). One block is plain LoRA; a fixed n for all layers is
+MELoRA.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from rankwise.adapters.delta import DeltaLayer, DeltaModel
+from rankwise.adapters.registration import peft_type
+from rankwise.allocation import dividing_blocks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RaLoraConfig(PeftConfig):
+    """Configuration of block-diagonal adapters, as saved in `adapter_config.json`.
+
+    Attributes:
+        r: Rank of each block, where `rank_pattern` names no other; also the reference rank of the
+            scaling `alpha / r`, which is the same for every layer.
+        alpha: Scaling numerator; default 16, as in the RaLoRA paper.
+        blocks: Diagonal blocks n, a power of two, where `blocks_pattern` names no other. Where n
+            does not divide a layer, the largest power of two below it that does is used.
+        rank_pattern: Module name, or the end of one after a dot -> rank. Names are literal, not
+            regular expressions; the longest that matches counts.
+        blocks_pattern: The same for blocks.
+        target_modules: As in PEFT: names, a regular expression, or `"all-linear"`.
+        exclude_modules: As in PEFT.
+        dropout: Probability of dropping an input of the adapter.
+        init_fan_in: `"full"` draws every block of A with LoRA's own variance `1 / (3 d_in)`;
+            `"block"` with that of the smaller fan-in, `n / (3 d_in)`.
+        init_weights: False draws B at random too, so that the adapter does something (for tests).
+        bias: `"none"`, `"all"` or `"ralora_only"`, as in PEFT.
+        modules_to_save: As in PEFT.
+        layers_to_transform: As in PEFT.
+        layers_pattern: As in PEFT.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    blocks: int = 1
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    blocks_pattern: dict[str, int] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    dropout: float = 0.0
+    init_fan_in: Literal["full", "block"] = "full"
+    init_weights: bool = True
+    bias: Literal["none", "all", "ralora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("ralora")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        _check_rank("r", self.r)
+        _check_blocks("blocks", self.blocks)
+        for option, check in (("rank_pattern", _check_rank), ("blocks_pattern", _check_blocks)):
+            for key, value in getattr(self, option).items():
+                if not re.fullmatch(r"[\w.\-]+", key):
+                    raise ValueError(
+                        f"{option} key {key!r} must be a module name or the end of one, literally: "
+                        "letters, digits, '_', '-' and '.'."
+                    )
+                check(f"{option}[{key!r}]", value)
+        if not (_is_finite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r} must be a positive number.")
+        if not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must be a number in [0, 1).")
+        if self.init_fan_in not in ("full", "block"):
+            raise ValueError(f"init_fan_in={self.init_fan_in!r} must be 'full' or 'block'.")
+        if self.bias not in ("none", "all", "ralora_only"):
+            raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or 'ralora_only'.")
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's blocks."""
+        return _longest_match(self.rank_pattern, module, self.r)
+
+    def blocks_of(self, module: str, d_in: int, d_out: int) -> int:
+        """The number of a module's blocks, lowered to what divides its dimensions."""
+        wanted = _longest_match(self.blocks_pattern, module, self.blocks)
+        blocks = dividing_blocks(wanted, d_in, d_out)
+        if blocks != wanted:
+            logger.info(
+                "%s: %d blocks do not divide %d x %d; %d do", module, wanted, d_out, d_in, blocks
+            )
+        return blocks
+
+
+class BlockFactor(nn.Module):
+    """One factor, `(n, rows, columns)`, in a module of its own, where FSDP's wrapping looks."""
+
+    def __init__(self, blocks: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, rows, columns))
+
+
+class RaLoraLinear(DeltaLayer):
+    """A linear layer with block-diagonal adapters.
+
+    `ralora_A[name].weight` is `(n, r, d_in/n)`, `ralora_B[name].weight` `(n, d_out/n, r)`.
+    """
+
+    adapter_layer_names = ("ralora_A", "ralora_B")
+    other_param_names = ("r", "blocks", "scaling", "ralora_dropout")
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__(base_layer, **quantization)
+        self.r: dict[str, int] = {}
+        self.blocks: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.ralora_dropout = nn.ModuleDict({})
+        self.ralora_A = nn.ModuleDict({})
+        self.ralora_B = nn.ModuleDict({})
+
+    def add_adapter(self, adapter: str, config: RaLoraConfig, module: str) -> None:
+        """Create an adapter's factors on the base layer's device.
+
+        Args:
+            adapter: Name of the adapter.
+            config: Its configuration.
+            module: Full name of this module, by which the config's patterns are read.
+
+        Raises:
+            ValueError: The rank exceeds the layer's smaller dimension.
+        """
+        r = config.rank_of(module)
+        if r > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"rank {r} of {module} exceeds its smaller dimension "
+                f"{min(self.in_features, self.out_features)}; lower r or leave the module out."
+            )
+        n = config.blocks_of(module, self.in_features, self.out_features)
+        self.r[adapter], self.blocks[adapter] = r, n
+        self.scaling[adapter] = config.alpha / config.r
+        self.ralora_dropout[adapter] = (
+            nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        )
+        self.ralora_A[adapter] = BlockFactor(n, r, self.in_features // n)
+        self.ralora_B[adapter] = BlockFactor(n, self.out_features // n, r)
+        self._initialise(adapter, config)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _initialise(self, adapter: str, config: RaLoraConfig) -> None:
+        """A as in LoRA (Kaiming, a = sqrt 5): `U(-1/sqrt(fan_in), 1/sqrt(fan_in))`; B zero."""
+        a, b = self.factors(adapter)
+        fan_in = self.in_features if config.init_fan_in == "full" else a.shape[2]
+        with torch.no_grad():
+            a.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            if config.init_weights:
+                b.zero_()
+            else:
+                b.uniform_(-1 / math.sqrt(b.shape[2]), 1 / math.sqrt(b.shape[2]))
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """`A (n, r, d_in/n)` and `B (n, d_out/n, r)` of an adapter."""
+        a, b = self.ralora_A[adapter], self.ralora_B[adapter]
+        assert isinstance(a, BlockFactor) and isinstance(b, BlockFactor)
+        return a.weight, b.weight
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether this layer carries the named adapter."""
+        return adapter in self.ralora_A
+
+    def factor_dtype(self, adapter: str) -> torch.dtype:
+        """The dtype of an adapter's factors."""
+        return next(self.ralora_A[adapter].parameters()).dtype
+
+    def apply_delta(
+        self, x: Float[Tensor, "*batch d_in"], adapter: str
+    ) -> Float[Tensor, "*batch d_out"]:
+        """`s blockdiag(B_i A_i) x` without forming the matrix."""
+        dropped = self.ralora_dropout[adapter](x)
+        a, b = self.factors(adapter)
+        return block_diagonal_product(dropped, a, b) * self.scaling[adapter]
+
+    def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
+        """The block-diagonal matrix `s blockdiag(B_i A_i)` in fp32 or wider."""
+        a, b = self.factors(adapter)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        products = torch.bmm(b.detach().to(wide), a.detach().to(wide))
+        return torch.block_diag(*products.unbind()) * self.scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def __repr__(self) -> str:
+        return "ralora." + super().__repr__()
+
+
+class RaLoraModel(DeltaModel):
+    """PEFT's tuner for `RaLoraConfig`."""
+
+    prefix = "ralora_"
+    layer_cls = RaLoraLinear
+    tuner_layer_cls = RaLoraLinear
+
+
+def block_diagonal_product(
+    x: Float[Tensor, "*batch d_in"], a: Float[Tensor, "n r k"], b: Float[Tensor, "n ko r"]
+) -> Float[Tensor, "*batch d_out"]:
+    """`blockdiag(b_1 a_1, ..., b_n a_n) x` for `d_in = n k` and `d_out = n ko`.
+
+    The intermediate is held rank-major, `(n, r, tokens)`: `A x'` on a strided view of x is faster
+    than `x A'` and copies nothing.
+    """
+    n, _, k = a.shape
+    tokens = x.reshape(-1, n, k)
+    z = torch.bmm(a, tokens.permute(1, 2, 0))
+    y = torch.bmm(z.transpose(1, 2), b.transpose(1, 2))
+    return y.transpose(0, 1).reshape(*x.shape[:-1], n * b.shape[1])
+
+
+def _longest_match(pattern: Mapping[str, int], module: str, default: int) -> int:
+    matches = [key for key in pattern if module == key or module.endswith("." + key)]
+    return pattern[max(matches, key=len)] if matches else default
+
+
+def _is_finite(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def _check_blocks(name: str, value: object) -> None:
+    _check_rank(name, value)
+    assert isinstance(value, int)
+    if value & (value - 1):
+        raise ValueError(f"{name}={value!r} must be a power of two (1, 2, 4, 8, ...).")
