@@ -1,0 +1,6 @@
+"""The `train` command: a validated configuration, TRL's SFTTrainer, and a run record."""
+
+from rankwise.training.config import RunConfig, load_config
+from rankwise.training.train import TrainingRun, train
+
+__all__ = ["RunConfig", "TrainingRun", "load_config", "train"]

@@ -1,0 +1,233 @@
+"""One YAML file describes a run; every key is checked, and can be overridden by `key=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rankwise.errors import ConfigError, PlanError, nearest
+from rankwise.files import describe, read_text
+from rankwise.methods import METHODS, Method
+
+MAX_DEPTH = 20
+"""Deepest nesting of a configuration file; ours needs three."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Where the text comes from and how it is cut.
+
+    A row holds either `text`, or `prompt` and `completion`; with a completion, only its tokens
+    count towards the loss.
+    """
+
+    train: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub data set id")
+    held_out: str | None = Field(
+        default=None, description="likewise; without it, held_out_fraction of train is held out"
+    )
+    subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    train_split: str = Field(default="train", description="split of a hub data set to train on")
+    held_out_split: str = Field(default="test", description="split of a hub data set to hold out")
+    held_out_fraction: float = Field(default=0.05, gt=0, lt=1)
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    max_length: int = Field(default=512, ge=2, description="tokens per sequence")
+    packing: bool = Field(
+        default=False,
+        description="join texts and cut them into full sequences, instead of truncating each",
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="use only the first rows to train")
+    max_held_out: int | None = Field(
+        default=None, ge=1, description="use only the first held-out sequences"
+    )
+
+
+class ProfileConfig(_Section):
+    """How gradients are measured before training; ignored by methods that need no profile."""
+
+    batches: int = Field(default=8, ge=1)
+    batch_size: int | None = Field(default=None, ge=1, description="default: training.batch_size")
+    train_mode: bool = Field(default=False, description="profile with dropout on")
+
+
+class TrainingConfig(_Section):
+    """Optimizer and schedule, carried out by TRL's SFTTrainer."""
+
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; default: epochs")
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="cosine falls to 10 % of the learning rate"
+    )
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapters")
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="steps between held-out evaluations; default: a fifth"
+    )
+    evaluation_batch_size: int = Field(default=8, ge=1)
+    log_every: int = Field(default=5, ge=1)
+    report_to: list[str] = Field(default_factory=list, description="as in transformers")
+
+
+class RunConfig(_Section):
+    """Everything one run needs."""
+
+    model: str = Field(description="a local transformers folder or a hub id")
+    data: DataConfig
+    output: str = Field(description="folder for adapter, plan, profile and record")
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "ralora"}, description="name and its options"
+    )
+    targets: str | list[str] = "all-linear"
+    plan: str | None = Field(default=None, description="a saved plan, instead of profiling")
+    dtype: Dtype = "float32"
+    seed: int = Field(default=0, ge=0)
+    profile: ProfileConfig = ProfileConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _method_is_known(self) -> RunConfig:
+        self.make_method()
+        return self
+
+    def make_method(self) -> Method:
+        """The method with its options."""
+        options = dict(self.method)
+        return make_method(options.pop("name", None), options)
+
+
+def make_method(name: object, options: Mapping[str, Any]) -> Method:
+    """A method by name.
+
+    Raises:
+        ConfigError: The name or an option is unknown, or an option's value is not allowed.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ConfigError(f"method.name={name!r} is not a method; {nearest(str(name), METHODS)}.")
+    cls = METHODS[name]
+    known = [field.name for field in fields(cls)]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"method.{key}: {name} has no such option; {nearest(key, known)}.")
+    try:
+        return cls(**options)
+    except PlanError as error:
+        raise ConfigError(f"method: {error}") from error
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run configuration and apply overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: `section.key=value`, the value in YAML: `training.steps=20`.
+
+    Raises:
+        FileError: The file is missing or unreadable.
+        ConfigError: It is not YAML, a key is unknown (the nearest known one is named), or a value
+            is not allowed.
+    """
+    text = read_text(path, "run configuration")
+    document = _parse_yaml(text, str(path))
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: must hold keys and values, such as 'model: ...'.")
+    for override in overrides:
+        _override(document, override)
+    return validate(document, str(path))
+
+
+def validate(document: Mapping[str, Any], where: str) -> RunConfig:
+    """A configuration from plain values.
+
+    Raises:
+        ConfigError: A key is unknown or a value is not allowed.
+    """
+    _refuse_unknown(document, RunConfig, where, "")
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe(error)}") from error
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split `key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: There is no `=`, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} must have the form key=value, such as training.steps=20.")
+    return key, _parse_yaml(value, text)
+
+
+def _refuse_unknown(document: object, model: type[BaseModel], where: str, prefix: str) -> None:
+    if not isinstance(document, dict):
+        return
+    for key, value in document.items():
+        if key not in model.model_fields:
+            hint = nearest(str(key), model.model_fields)
+            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; {hint}.")
+        section = model.model_fields[key].annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            _refuse_unknown(value, section, where, f"{prefix}{key}.")
+
+
+def _override(document: dict[str, Any], assignment: str) -> None:
+    key, value = parse_assignment(assignment)
+    *sections, last = key.split(".")
+    place = document
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{assignment!r}: {section} is not a section of the configuration.")
+        place = inner
+    place[last] = value
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{where}: YAML aliases are not allowed; write the value out.")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels.")
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}: is not valid YAML{line} ({problem}).") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 does and PyYAML's 1.1 does not."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,53 @@
+"""Held-out loss, weighted by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import DataError
+from rankwise.profiling import model_loss
+from rankwise.records import HeldOutLoss
+
+
+def held_out_loss(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, step: int
+) -> HeldOutLoss:
+    """Mean negative log-likelihood over all labelled tokens of all batches.
+
+    Batches are weighted by their labelled tokens, so the result does not depend on the batch size.
+
+    Args:
+        model: A model whose output has a loss; its mode is as before afterwards.
+        batches: Keyword arguments of its forward, with labels.
+        step: The optimizer step to note down.
+
+    Raises:
+        DataError: No token carries a label, or the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                loss, count = model_loss(model, moved)
+                if count:
+                    total += float(loss) * count
+                    tokens += count
+    finally:
+        model.train(training)
+    if tokens == 0:
+        raise DataError("the held-out data has no labelled token.")
+    if not math.isfinite(total):
+        raise DataError(
+            f"the held-out loss at step {step} is {total / tokens}: training diverged or the data "
+            "is broken; lower training.learning_rate."
+        )
+    return HeldOutLoss(step=step, loss=total / tokens, tokens=tokens)

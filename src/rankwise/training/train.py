@@ -1,0 +1,316 @@
+"""One run: profile, plan, attach, train, evaluate, record."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from rankwise.adapters import attach
+from rankwise.artifacts import PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
+from rankwise.errors import ConfigError
+from rankwise.files import check_replaceable, new_folder
+from rankwise.plan import RankPlan
+from rankwise.profiling import GradientProfile, profile_gradients
+from rankwise.profiling.measure import model_name
+from rankwise.provenance import (
+    DataFingerprint,
+    git_commit,
+    hardware,
+    model_fingerprint,
+    versions,
+)
+from rankwise.records import HeldOutLoss, RunRecord, TrainLoss
+from rankwise.targets import find_targets
+from rankwise.training.config import RunConfig, TrainingConfig
+from rankwise.training.data import TokenData, load_token_data
+from rankwise.training.evaluate import held_out_loss
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+Notify = Callable[[str], None]
+
+# transformers 5 renamed the option on the way and warns at the old name
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run leaves: the record, the plan, the profile if one was made, the trained model."""
+
+    record: RunRecord
+    plan: RankPlan
+    profile: GradientProfile | None
+    model: PeftModel
+
+
+def load_model(source: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, from a local folder or the hub.
+
+    Raises:
+        ConfigError: There is no such folder, or the hub cannot be reached or lacks the id.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model={source!r} cannot be loaded ({reason}). Name a local transformers folder, or "
+            "a hub id on a machine with a network."
+        ) from error
+    return model, tokenizer
+
+
+def train(
+    config: RunConfig, *, profile: GradientProfile | None = None, notify: Notify | None = None
+) -> TrainingRun:
+    """Carry out one run and write adapter, plan, profile and record to `config.output`.
+
+    Args:
+        config: What to do.
+        profile: A profile of this model on this data, to be used instead of making one.
+        notify: Called with a line of text when a stage begins.
+
+    Raises:
+        RankwiseError: Any bad input; it is found before anything is written.
+    """
+    say = notify or logger.info
+    output = Path(config.output)
+    check_replaceable(output, marker=RECORD_FILE)
+    set_seed(config.seed)
+    model, tokenizer = load_model(config.model, config.dtype)
+    data = load_token_data(config.data, tokenizer, seed=config.seed)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "profile"):
+        plan, profile = make_plan(config, model, data, profile, say)
+    fingerprint = model_fingerprint(model)
+    name = model_name(model)
+    set_seed(config.seed)  # the adapters' draw must not depend on whether a profile was made
+    adapted = attach(model, plan, dropout=config.training.dropout)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    say(f"training {trainable:,} parameters with {plan.method}")
+    curves = _fit(config, adapted, tokenizer, data, seconds, say)
+    record = RunRecord(
+        method=plan.method,
+        model=name,
+        model_fingerprint=fingerprint,
+        seed=config.seed,
+        trainable_parameters=trainable,
+        ranks={module: m.rank for module, m in plan.modules.items()},
+        blocks={module: m.blocks for module, m in plan.modules.items()},
+        train_loss=curves.train_loss,
+        held_out=curves.held_out,
+        seconds={key: round(value, 3) for key, value in seconds.items()},
+        peak_memory_mib=peak_memory_mib(),
+        train_tokens=curves.tokens,
+        data=_describe_data(data),
+        config=config.model_dump(mode="json"),
+        versions=versions(),
+        hardware=hardware(),
+        commit=git_commit(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    with new_folder(output, marker=RECORD_FILE) as folder:
+        adapted.save_pretrained(str(folder / ADAPTER_FOLDER))
+        tokenizer.save_pretrained(str(folder / ADAPTER_FOLDER))
+        plan.save(folder / PLAN_FILE)
+        if profile is not None:
+            profile.save(folder / PROFILE_FOLDER)
+        record.save(folder / RECORD_FILE)
+    return TrainingRun(record, plan, profile, adapted)
+
+
+def make_plan(
+    config: RunConfig,
+    model: nn.Module,
+    data: TokenData,
+    profile: GradientProfile | None,
+    say: Notify,
+) -> tuple[RankPlan, GradientProfile | None]:
+    """The configured plan, profiling first if the method needs it and no profile was given."""
+    if config.plan is not None:
+        plan = RankPlan.load(config.plan)
+        plan.check_fits(model)
+        return plan, None
+    method = config.make_method()
+    if not method.needs_profile:
+        return method.plan(find_targets(model, config.targets)), None  # type: ignore[arg-type]
+    if profile is None:
+        settings = config.profile
+        size = settings.batch_size or config.training.batch_size
+        say(f"measuring gradients over {settings.batches} batches of {size}")
+        profile = profile_gradients(
+            model,
+            data.loader(size, seed=config.seed),
+            config.targets,
+            batches=settings.batches,
+            train_mode=settings.train_mode,
+        )
+    return method.plan(profile), profile
+
+
+@dataclass(frozen=True)
+class _Curves:
+    train_loss: list[TrainLoss]
+    held_out: list[HeldOutLoss]
+    tokens: int
+
+
+class _HeldOutCallback(TrainerCallback):
+    """Evaluates every so many steps and keeps the time that takes apart from training."""
+
+    def __init__(self, evaluate: Callable[[int], HeldOutLoss], every: int, say: Notify) -> None:
+        self._evaluate = evaluate
+        self._every = every
+        self._say = say
+        self.curve: list[HeldOutLoss] = []
+        self.seconds = 0.0
+
+    def _point(self, state: TrainerState) -> None:
+        started = time.perf_counter()
+        self.curve.append(self._evaluate(state.global_step))
+        self.seconds += time.perf_counter() - started
+        self._say(
+            f"step {state.global_step} of {state.max_steps}: "
+            f"held-out loss {self.curve[-1].loss:.4f}"
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._point(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._point(state)
+
+
+def _fit(
+    config: RunConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenData,
+    seconds: dict[str, float],
+    say: Notify,
+) -> _Curves:
+    settings = config.training
+    steps = settings.steps or _steps(settings, len(data.train))
+    loader = data.held_out_loader(settings.evaluation_batch_size)
+    callback = _HeldOutCallback(
+        lambda step: held_out_loss(model, loader, step=step),
+        every=settings.evaluate_every or max(1, steps // 5),
+        say=say,
+    )
+    started = time.perf_counter()
+    # Trainer wants a folder of its own and makes it at once; ours appears only when all is well
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
+        trainer = SFTTrainer(
+            model=model,
+            args=_arguments(config, steps, Path(scratch)),
+            train_dataset=data.train,
+            data_collator=data.collator,
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+        trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
+        trainer.train()
+    seconds["evaluate"] = callback.seconds
+    seconds["train"] = time.perf_counter() - started - callback.seconds
+    losses = [
+        TrainLoss(step=int(entry["step"]), loss=float(entry["loss"]))
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return _Curves(losses, callback.curve, int(trainer.state.num_input_tokens_seen))
+
+
+def _steps(settings: TrainingConfig, rows: int) -> int:
+    per_step = settings.batch_size * settings.gradient_accumulation
+    return max(1, round(settings.epochs * -(-rows // per_step)))
+
+
+def _arguments(config: RunConfig, steps: int, scratch: Path) -> SFTConfig:
+    settings = config.training
+    scheduler = {"cosine": "cosine_with_min_lr"}.get(settings.scheduler, settings.scheduler)
+    return SFTConfig(
+        output_dir=str(scratch),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if settings.scheduler == "cosine" else {},
+        warmup_steps=round(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        **{_CHECKPOINTING: settings.gradient_checkpointing},
+        bf16=False,
+        fp16=False,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        include_num_input_tokens_seen="non_padding",
+        report_to=list(settings.report_to) or "none",
+        save_strategy="no",
+        seed=config.seed,
+        data_seed=config.seed,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+def _describe_data(data: TokenData) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for part, rows in (("train", data.train), ("held_out", data.held_out)):
+        digest = DataFingerprint()
+        for row in rows:
+            digest.update({key: torch.tensor(value) for key, value in row.items()})
+        facts[part] = {"sequences": len(rows), "fingerprint": digest.hexdigest()}
+    return facts
+
+
+def peak_memory_mib() -> float:
+    """Peak GPU memory where CUDA is used, else the peak resident memory of this process, in MiB."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Any:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started

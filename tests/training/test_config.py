@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rankwise.errors import ConfigError, FileError
+from rankwise.methods import RaLoraPro
+from rankwise.training.config import load_config, make_method, parse_assignment
+
+MINIMAL = "model: m\noutput: o\ndata: {train: t.jsonl}\n"
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_and_overrides(run_yaml: Path) -> None:
+    config = load_config(
+        run_yaml,
+        [
+            "training.steps=20",
+            "training.learning_rate=5e-4",
+            "method.name=ralora-pro",
+            "method.r=4",
+        ],
+    )
+    assert config.training.steps == 20
+    assert config.training.learning_rate == 5e-4
+    assert config.training.batch_size == 8
+    assert config.make_method() == RaLoraPro(r=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "modle: x\n", r"unknown key 'modle'; did you mean 'model'\?"),
+        (MINIMAL + "training: {step: 3}\n", r"unknown key 'training.step'; did you mean 'steps'\?"),
+        (MINIMAL + "training: {steps: 0}\n", r"training\.steps: .*greater than or equal to 1"),
+        (MINIMAL + "training: {steps: '4'}\n", r"training\.steps: .*received '4'"),
+        (MINIMAL + "training: {learning_rate: .nan}\n", r"training\.learning_rate"),
+        (MINIMAL + "training: {learning_rate: .inf}\n", r"training\.learning_rate"),
+        (MINIMAL + "method: {name: lroa}\n", r"method.name='lroa' .* did you mean 'lora'\?"),
+        (MINIMAL + "method: {name: lora, r: 0}\n", r"r=0 must be a whole number of at least 1"),
+        (MINIMAL + "method: {name: ralora, n_max: 12}\n", r"n_max=12 must be a power of two"),
+        (MINIMAL + "method: {name: lora, n_max: 8}\n", r"method.n_max: lora has no such option"),
+        (MINIMAL + "dtype: int8\n", r"dtype: .*'float32'"),
+        ("model: m\n", r"Field required"),
+        ("- a\n- b\n", r"must hold keys and values"),
+        ("model: [\n", r"not valid YAML, line 2"),
+        ("model: &a m\noutput: *a\n", r"aliases are not allowed"),
+        ("model: " + "[" * 10_000 + "\n", r"nested deeper than 20"),
+    ],
+)
+def test_a_bad_file_is_explained(run_yaml: Path, text: str, message: str) -> None:
+    run_yaml.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(run_yaml)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_a_huge_file_is_not_read(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.files.MAX_TEXT_BYTES", 10)
+    with pytest.raises(FileError, match="at most 10 are read"):
+        load_config(run_yaml)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "model.x=3"])
+def test_a_bad_override(run_yaml: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"key=value|not a section"):
+        load_config(run_yaml, [override])
+
+
+def test_assignments_are_yaml() -> None:
+    assert parse_assignment("a.b=1e-3") == ("a.b", 1e-3)
+    assert parse_assignment("t=[q_proj, v_proj]") == ("t", ["q_proj", "v_proj"])
+    assert parse_assignment("m=null") == ("m", None)
+
+
+def test_make_method_refuses_what_is_no_name() -> None:
+    with pytest.raises(ConfigError, match="None is not a method"):
+        make_method(None, {})

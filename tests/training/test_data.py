@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rankwise.errors import DataError
+from rankwise.profiling.loss import IGNORED_LABEL
+from rankwise.training.config import DataConfig
+from rankwise.training.data import load_token_data
+from tiny_folder import SENTENCES, save_tiny_llama, write_rows, write_texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("model")))
+
+
+def test_text_is_learned_whole_and_ends(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    train = write_rows(tmp_path / "t.jsonl", [{"text": text} for text in SENTENCES])
+    held = write_rows(tmp_path / "h.jsonl", [{"text": SENTENCES[0]}])
+    data = load_token_data(DataConfig(train=str(train), held_out=str(held)), tokenizer, seed=0)
+    row = data.held_out[0]
+    assert row["labels"] == row["input_ids"]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row["input_ids"][:-1]) == SENTENCES[0]
+    assert len(data.train) == 4
+
+
+def test_only_the_completion_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "the quick ", "completion": "brown fox"}] * 4
+    path = write_rows(tmp_path / "t.jsonl", rows)
+    data = load_token_data(DataConfig(train=str(path)), tokenizer, seed=0)
+    row = data.train[0]
+    counted = [label for label in row["labels"] if label != IGNORED_LABEL]
+    assert tokenizer.decode(counted[:-1]) == "brown fox"
+    assert counted[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row["input_ids"][:-1]) == "the quick brown fox"
+
+
+def test_padding_carries_no_label(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_texts(tmp_path / "t.jsonl")
+    data = load_token_data(DataConfig(train=str(path)), tokenizer, seed=0)
+    batch = next(iter(data.loader(8, seed=0)))
+    assert ((batch["labels"] == IGNORED_LABEL) == (batch["attention_mask"] == 0)).all()
+
+
+def test_packing_fills_every_sequence(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_texts(tmp_path / "t.jsonl", 40)
+    data = load_token_data(
+        DataConfig(train=str(path), packing=True, max_length=16), tokenizer, seed=0
+    )
+    lengths = [len(row["input_ids"]) for row in data.train]
+    assert set(lengths[:-1]) == {16}
+
+
+def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_texts(tmp_path / "t.jsonl", 8)
+    data = load_token_data(DataConfig(train=str(path), max_length=5), tokenizer, seed=0)
+    assert {len(row["input_ids"]) for row in data.train} == {5}
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, suffix: str) -> None:
+    frame = pandas.DataFrame({"text": SENTENCES})
+    path = tmp_path / f"t.{suffix}"
+    write = {
+        "json": lambda: frame.to_json(path, orient="records", lines=True),
+        "csv": lambda: frame.to_csv(path, index=False),
+        "parquet": lambda: frame.to_parquet(path),
+    }
+    write[suffix]()
+    data = load_token_data(DataConfig(train=str(path), held_out=str(path)), tokenizer, seed=0)
+    decoded = [tokenizer.decode(row["input_ids"][:-1]) for row in data.train]
+    assert decoded == SENTENCES
+
+
+def test_split_is_the_seeds(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = DataConfig(train=str(write_texts(tmp_path / "t.jsonl", 40)), held_out_fraction=0.25)
+    first, again, other = (load_token_data(config, tokenizer, seed=s) for s in (0, 0, 1))
+    assert len(first.held_out) == 10
+    assert first.held_out[:] == again.held_out[:]
+    assert first.held_out[:] != other.held_out[:]
+
+
+def test_loader_order_is_the_seeds(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_texts(tmp_path / "t.jsonl")
+    data = load_token_data(DataConfig(train=str(path)), tokenizer, seed=0)
+    first, again, other = (next(iter(data.loader(4, seed=s)))["input_ids"] for s in (0, 0, 1))
+    assert first.tolist() == again.tolist()
+    assert first.tolist() != other.tolist()
+
+
+def test_limits(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = str(write_texts(tmp_path / "t.jsonl"))
+    config = DataConfig(train=path, held_out=path, max_rows=5, max_held_out=3)
+    data = load_token_data(config, tokenizer, seed=0)
+    assert (len(data.train), len(data.held_out)) == (5, 3)
+
+
+def test_rows_with_nothing_to_predict_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": SENTENCES[0], "completion": "x"}, {"prompt": "a", "completion": "b"}] * 3
+    path = str(write_rows(tmp_path / "t.jsonl", rows))
+    config = DataConfig(train=path, held_out=path, max_length=4)
+    data = load_token_data(config, tokenizer, seed=0)
+    assert len(data.train) == 3
+    assert "3 of 6 rows leave nothing to predict" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("", "is empty"),
+        ("{not json\n", "cannot be read"),
+        ('{"a": 1, "b": 2}\n', r"has columns a, b; it needs 'text', or 'prompt' and 'completion'"),
+        ('{"text": 3}\n', "holds int where text is expected"),
+        ('{"text": null}\n', "where text is expected"),
+        ('{"text": ""}\n', "anything to predict"),
+    ],
+)
+def test_bad_data_is_explained(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str | None, message: str
+) -> None:
+    path = tmp_path / "t.jsonl"
+    if content is not None:
+        path.write_text(content)
+    config = DataConfig(train=str(path), held_out=str(path))
+    with pytest.raises(DataError, match=message):
+        load_token_data(config, tokenizer, seed=0)
+
+
+def test_a_folder_is_no_data(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="name one, or a hub id"):
+        load_token_data(DataConfig(train=str(tmp_path)), tokenizer, seed=0)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rankwise.errors import ConfigError, DataError, FileError, PlanError, RankwiseError, TargetError
+from rankwise.plan import RankPlan
+from rankwise.profiling import GradientProfile
+from rankwise.records import RunRecord
+from rankwise.training import RunConfig, train
+from rankwise.training.data import load_token_data
+from rankwise.training.evaluate import held_out_loss
+from tiny_folder import save_tiny_llama, write_rows, write_texts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_llama(folder / "model")
+    write_texts(folder / "train.jsonl")
+    write_texts(folder / "held.jsonl", 5)
+    return folder
+
+
+def config(place: Path, output: Path, **changes: object) -> RunConfig:
+    document: dict[str, object] = {
+        "model": str(place / "model"),
+        "output": str(output),
+        "data": {"train": str(place / "train.jsonl"), "held_out": str(place / "held.jsonl")},
+        "method": {"name": "ralora", "r": 2, "n_max": 4},
+        "profile": {"batches": 2},
+        "training": {"steps": 6, "batch_size": 4, "learning_rate": 0.01, "evaluate_every": 3},
+    }
+    return RunConfig.model_validate(document | changes)
+
+
+@pytest.mark.parametrize("method", ["lora", "ralora", "ralora-pro"])
+def test_a_run_learns_and_leaves_everything(place: Path, tmp_path: Path, method: str) -> None:
+    run = train(config(place, tmp_path / "run", method={"name": method, "r": 2}))
+    record = RunRecord.load(tmp_path / "run/record.json")
+    assert record == run.record
+    assert [point.step for point in record.held_out] == [0, 3, 6]
+    assert record.held_out[-1].loss < record.held_out[0].loss
+    assert record.trainable_parameters == run.plan.parameters
+    assert RankPlan.load(tmp_path / "run/plan.json") == run.plan
+    assert (method == "lora") == (not (tmp_path / "run/profile").exists())
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits, rtol=0, atol=0)
+
+
+def test_the_same_seed_gives_the_same_run(place: Path, tmp_path: Path) -> None:
+    first, again = (train(config(place, tmp_path / name)).record for name in ("a", "b"))
+    other = train(config(place, tmp_path / "c", seed=1)).record
+    assert first.held_out == again.held_out
+    assert first.train_loss == again.train_loss
+    assert other.held_out[-1] != first.held_out[-1]
+    assert other.held_out[0] == first.held_out[0]
+
+
+def test_profile_is_used_instead_of_made(place: Path, tmp_path: Path) -> None:
+    run = train(config(place, tmp_path / "a"))
+    assert run.profile is not None
+    again = train(config(place, tmp_path / "b"), profile=run.profile)
+    assert again.record.held_out == run.record.held_out
+    assert GradientProfile.load(tmp_path / "b/profile").gid == run.profile.gid
+
+
+def test_a_saved_plan_is_used(place: Path, tmp_path: Path) -> None:
+    run = train(config(place, tmp_path / "a"))
+    again = train(config(place, tmp_path / "b", plan=str(tmp_path / "a/plan.json")))
+    assert again.plan == run.plan
+    assert again.profile is None
+    assert again.record.held_out == run.record.held_out
+
+
+def test_gradient_accumulation_and_checkpointing_train(place: Path, tmp_path: Path) -> None:
+    settings = {
+        "steps": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "gradient_checkpointing": True,
+        "learning_rate": 0.01,
+    }
+    record = train(config(place, tmp_path / "run", training=settings)).record
+    assert record.held_out[-1].loss < record.held_out[0].loss
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size(place: Path, tmp_path: Path) -> None:
+    settings = config(place, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float64).train()
+    rows = [{"text": "the quick brown fox " * i} for i in range(1, 6)]
+    write_rows(tmp_path / "uneven.jsonl", rows)
+    data_config = settings.data.model_copy(update={"held_out": str(tmp_path / "uneven.jsonl")})
+    data = load_token_data(data_config, tokenizer, seed=0)
+    losses = [held_out_loss(model, data.held_out_loader(size), step=0) for size in (1, 2, 5)]
+    tokens = sum(len(row["input_ids"]) - 1 for row in data.held_out)
+    total = 0.0
+    for row in data.held_out:
+        ids = torch.tensor(row["input_ids"])[None]
+        with torch.no_grad():
+            log_p = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+        total -= float(log_p.gather(1, ids[0, 1:, None]).sum())
+    for loss in losses:
+        assert loss.tokens == tokens
+        assert math.isclose(loss.loss, total / tokens, rel_tol=1e-6)
+        assert math.isclose(loss.perplexity, math.exp(total / tokens), rel_tol=1e-5)
+
+
+def _bad(place: Path) -> dict[str, tuple[dict[str, object], type[RankwiseError], str]]:
+    train_file = str(place / "train.jsonl")
+    write_rows(place / "columns.jsonl", [{"a": "x"}])
+    (place / "empty.jsonl").write_text("")
+    return {
+        "no model": ({"model": str(place / "absent")}, ConfigError, "cannot be loaded"),
+        "no data": ({"data": {"train": str(place / "x.jsonl")}}, DataError, "no such file"),
+        "no column": ({"data": {"train": str(place / "columns.jsonl"), "held_out": train_file}},
+                      DataError, "has columns a"),
+        "empty": ({"data": {"train": str(place / "empty.jsonl")}}, DataError, "is empty"),
+        "no target": ({"targets": ["q_prj"]}, TargetError, "did you mean 'q_proj'"),
+        "large rank": ({"method": {"name": "lora", "r": 17}}, PlanError, "exceeds"),
+        "no plan": ({"plan": str(place / "plan.json")}, FileError, "no such file"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", ["no model", "no data", "no column", "empty", "no target", "large rank", "no plan"]
+)
+def test_bad_input_writes_nothing(place: Path, tmp_path: Path, case: str) -> None:
+    changes, error, message = _bad(place)[case]
+    with pytest.raises(error, match=message):
+        train(config(place, tmp_path / "run", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_another_model_is_refused(place: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path / "a"))
+    save_tiny_llama(tmp_path / "other", seed=1)
+    changed = config(place, tmp_path / "b", plan=str(tmp_path / "a/plan.json")).model_copy(
+        update={"model": str(tmp_path / "other")}
+    )
+    with pytest.raises(PlanError, match=r"made for another model: .* has [0-9a-f]{16}"):
+        train(changed)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(place, tmp_path / "run"))
+    before = (tmp_path / "run/record.json").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    with pytest.raises(FileError, match=r"No space left on device\); nothing was changed"):
+        train(config(place, tmp_path / "run", seed=1))
+    assert (tmp_path / "run/record.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_somebody_elses_folder_is_not_replaced(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileError, match=r"holds no record\.json, so it is not replaced"):
+        train(config(place, tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_record_is_plain_json(place: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path / "run"))
+    document = json.loads((tmp_path / "run/record.json").read_text())
+    assert document["config"]["training"]["scheduler"] == "cosine"
+    assert set(document["seconds"]) == {"profile", "train", "evaluate"}
+    document["surprise"] = 1
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    with pytest.raises(FileError, match="surprise"):
+        RunRecord.load(tmp_path / "bad.json")
