@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from rankwise.adapters import attach
 from rankwise.artifacts import PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
 from rankwise.errors import ConfigError
-from rankwise.files import check_replaceable, new_folder
+from rankwise.files import check_replaceable, new_folder, write_text
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from rankwise.profiling.measure import model_name
@@ -53,6 +53,7 @@ from rankwise.training.evaluate import held_out_loss
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+CONFIG_FILE = "run.yaml"
 Notify = Callable[[str], None]
 
 # transformers 5 renamed the option on the way and warns at the old name
@@ -146,6 +147,7 @@ def train(
         plan.save(folder / PLAN_FILE)
         if profile is not None:
             profile.save(folder / PROFILE_FOLDER)
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(record.config, sort_keys=False))
         record.save(folder / RECORD_FILE)
     return TrainingRun(record, plan, profile, adapted)
 
@@ -301,10 +303,17 @@ def _describe_data(data: TokenData) -> dict[str, Any]:
     return facts
 
 
-def peak_memory_mib() -> float:
-    """Peak GPU memory where CUDA is used, else the peak resident memory of this process, in MiB."""
+def peak_memory_mib() -> float | None:
+    """Peak GPU memory where CUDA is used, else this process's peak resident memory, in MiB.
+
+    None where the system does not tell (Windows).
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

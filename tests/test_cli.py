@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankwise import __version__
+from rankwise.cli import main
+from tiny_folder import save_tiny_llama, write_texts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_llama(folder / "model")
+    write_texts(folder / "train.jsonl")
+    run = {
+        "model": str(folder / "model"),
+        "data": {"train": str(folder / "train.jsonl"), "held_out_fraction": 0.25},
+        "output": str(folder / "run"),
+        "method": {"name": "ralora", "r": 2},
+        "training": {"steps": 2, "batch_size": 4},
+        "profile": {"batches": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder
+
+
+def call(*arguments: object) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_profile_plan_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = place / "model", place / "train.jsonl"
+    assert call("profile", model, data, "--out", place / "p", "--batches", 2) == 0
+    assert "gradient intrinsic dimensionality" in capsys.readouterr().out
+    assert call("plan", place / "p", "r=2", "n_max=4", "--out", place / "plan.json") == 0
+    planned = capsys.readouterr().out
+    assert "ralora-pro" in planned
+    assert call("inspect", place / "plan.json") == 0
+    assert capsys.readouterr().out == planned
+    assert call("inspect", place / "p") == 0
+    assert "self_attn.q_proj" in capsys.readouterr().out
+
+
+def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", place / "run.yaml", "training.log_every=1") == 0
+    out = capsys.readouterr().out
+    assert "held-out loss" in out
+    assert call("inspect", place / "run") == 0
+    assert "run of ralora on model" in capsys.readouterr().out
+    assert call("inspect", place / "run/adapter") == 0
+    assert "ralora adapter" in capsys.readouterr().out
+    assert call("report", place / "run", "--out", place / "page.html") == 0
+    assert (place / "page.html").stat().st_size > 1e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "no such file"),
+        (["train", "{place}/run.yaml", "traning.steps=2"], "did you mean 'training'?"),
+        (["train", "{place}/run.yaml", "method.r=0"], "r=0 must be a whole number"),
+        (["train", "{place}/run.yaml", "output={place}"], "is not replaced"),
+        (["plan", "{place}/absent"], "no such file"),
+        (["inspect", "{place}"], "name a profile, a run, an adapter or a plan"),
+        (["inspect", "{place}/run.yaml"], "is not JSON"),
+        (["profile", "{place}/x", "{place}/train.jsonl", "--out", "{place}/q"], "cannot be loaded"),
+        (["report", "{place}/absent", "--out", "{place}/r.html"], "absent"),
+    ],
+)
+def test_errors_are_one_line_with_a_remedy(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert call(*(argument.format(place=place) for argument in arguments)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rankwise.cli", "--debug", "train", "absent.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=place,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "no such file" in done.stderr
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train") == 2
+    assert call("nonsense") == 2
+    capsys.readouterr()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"rankwise {__version__}\n"
+
+
+def test_help_is_quick_and_lists_every_command() -> None:
+    code = (
+        "import sys; from rankwise.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'trl' not in sys.modules and 'datasets' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("profile", "plan", "train", "inspect", "report", "demo"):
+        assert command in done.stdout
