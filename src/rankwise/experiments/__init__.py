@@ -1,0 +1,1 @@
+"""Models, texts and comparisons for experiments that anybody can repeat."""
