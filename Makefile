@@ -12,7 +12,7 @@ PIP_VERSION := 26.3
 PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types imports clean
+.PHONY: help demo test bench bench-quick check lint format types imports clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,12 @@ check: lint types imports test  ## What CI runs.
 
 test: .venv/.dev-stamp  ## Run the test suite.
 	$(PY) -m pytest
+
+bench: .venv/.dev-stamp  ## Measure speed against the targets; writes benchmarks/results.json.
+	$(PY) -m benchmarks
+
+bench-quick: .venv/.dev-stamp  ## The same, fewer and smaller.
+	$(PY) -m benchmarks --quick
 
 lint: .venv/.dev-stamp  ## Check style and formatting.
 	$(PY) -m ruff check .

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from tiny_models import Batch, tiny_gpt2, tiny_llama, token_batch  # noqa: E402
 
-
 torch.set_num_threads(1)  # on models this small, threads cost more than they bring
 
 

@@ -6,7 +6,7 @@ uniform and every projection gets a gradient well above rounding. There is no dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from rankwise.profiling import GradientProfile, ModuleStatistics, ProfileProvenance
 
 VOCABULARY = 61
 PAD = 0
@@ -160,3 +162,44 @@ ARCHITECTURES: dict[str, tuple[Callable[..., PreTrainedModel], Callable[..., Bat
     "t5": (tiny_t5, seq2seq_batch),
 }
 """Name -> (model factory, batch factory), for tests over all architectures."""
+
+
+def synthetic_profile(
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    gid: Mapping[str, int] | int = 1,
+    sensitivity: Mapping[str, float] | float = 1.0,
+    fingerprint: str = "0" * 16,
+) -> GradientProfile:
+    """A profile of modules `name -> (d_in, d_out)` whose effective ranks are exactly `gid`."""
+    gids = dict.fromkeys(shapes, gid) if isinstance(gid, int) else gid
+    scores = dict.fromkeys(shapes, sensitivity) if isinstance(sensitivity, float) else sensitivity
+    spectra = {}
+    for name, (d_in, d_out) in shapes.items():
+        values = torch.zeros(min(d_in, d_out), dtype=torch.float64)
+        values[: gids[name]] = 1.0
+        spectra[name] = values
+    modules = {
+        name: ModuleStatistics(
+            d_in=d_in,
+            d_out=d_out,
+            gradient_norm=float(spectra[name].norm()),
+            sensitivity=scores[name],
+            batches=1,
+            rows=8,
+        )
+        for name, (d_in, d_out) in shapes.items()
+    }
+    provenance = ProfileProvenance(
+        model="synthetic",
+        model_fingerprint=fingerprint,
+        data_fingerprint="f" * 16,
+        batches=1,
+        batch_sizes=[8],
+        tokens=8,
+        dtype="float32",
+        train_mode=False,
+        seconds=0.5,
+        versions={"python": "3"},
+    )
+    return GradientProfile(modules, spectra, provenance)

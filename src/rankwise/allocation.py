@@ -176,9 +176,8 @@ def block_count(erank: float, rank: int, n_max: int) -> int:
         rank: Rank r of each block.
         n_max: Largest block count, a power of two.
     """
-    if erank < rank:
-        return 1
-    return min(2 ** math.floor(math.log2(erank / rank)), n_max)
+    ratio = erank / rank * _ROUNDING
+    return min(2 ** math.floor(math.log2(ratio)), n_max) if ratio >= 1 else 1
 
 
 def dividing_blocks(blocks: int, d_in: int, d_out: int) -> int:

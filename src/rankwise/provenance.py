@@ -29,7 +29,8 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         Sixteen hexadecimal digits.
     """
-    body = getattr(model, "base_model", model)
+    body = getattr(model, "base_model", None)
+    body = body if isinstance(body, nn.Module) else model
     digest = hashlib.sha256()
     for name, parameter in sorted(body.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

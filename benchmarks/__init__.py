@@ -1,0 +1,1 @@
+"""What rankwise promises about speed, measured: `make bench`."""
