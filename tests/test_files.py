@@ -12,7 +12,6 @@ import rankwise.files as files
 from rankwise.errors import FileError
 from rankwise.files import (
     check_replaceable,
-    check_schema_version,
     new_folder,
     parse_json,
     read_tensors,
@@ -79,9 +78,10 @@ class TestReading:
         assert len(str(info.value)) < 200
 
     def test_schema_version(self) -> None:
-        check_schema_version(2, 2, path=Path("p"), what="point")
-        with pytest.raises(FileError, match=r"schema_version 1; this version of rankwise reads 2"):
-            check_schema_version(1, 2, path=Path("p"), what="point")
+        newer = '{"x": 3, "schema_version": 2, "a_key_of_tomorrow": 1}'
+        with pytest.raises(FileError, match=r"schema_version 2; this version of rankwise reads 1"):
+            parse_json(newer, Point, path=Path("p"), what="point", version=1)
+        assert parse_json(newer, Point, path=Path("p"), what="point", version=2) == Point(3)
 
     def test_pickle_is_not_read(self, tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").write_bytes(b"\x80\x04\x95" + bytes(200))

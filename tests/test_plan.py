@@ -124,7 +124,7 @@ class TestFiles:
         ("change", "message"),
         [
             (lambda d: d.update(schema_version=0), "schema_version 0; .*reads 1"),
-            (lambda d: d.update(schema_version="1"), r"schema_version: .*integer"),
+            (lambda d: d.update(schema_version="1"), "schema_version .1.; .*reads 1"),
             (lambda d: d.update(rank=3), "rank: Unexpected keyword"),
             (lambda d: d["modules"][NAME].update(lr=3), rf"modules\.{NAME}\.lr: Unexpected"),
             (lambda d: d.pop("alpha"), "alpha: Field required"),

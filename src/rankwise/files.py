@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,12 +47,24 @@ def read_text(path: Path, what: str) -> str:
         raise FileError(f"{what} {path}: cannot be read as UTF-8 text ({error}).") from error
 
 
-def parse_json(text: str, schema: type[T], *, path: Path, what: str) -> T:
+def parse_json(
+    text: str, schema: type[T], *, path: Path, what: str, version: int | None = None
+) -> T:
     """Validate JSON text against a dataclass, strictly: no coercion, no unknown key.
+
+    Args:
+        text: The file's content.
+        schema: The dataclass it becomes.
+        path: The file, for messages.
+        what: What the file is, for messages.
+        version: The `schema_version` that is understood; checked first, because another one is the
+            better explanation of an unknown key.
 
     Raises:
         FileError: Names the field, the value received and what was expected.
     """
+    if version is not None:
+        _check_schema_version(text, version, path=path, what=what)
     try:
         return TypeAdapter(schema).validate_json(text, strict=True)
     except ValidationError as error:
@@ -70,12 +83,12 @@ def describe(error: ValidationError) -> str:
     return f"{where}: {first['msg']}; received {received}{more}."
 
 
-def check_schema_version(found: object, expected: int, *, path: Path, what: str) -> None:
-    """Refuse a file written by another generation of the format.
-
-    Raises:
-        FileError: The versions differ.
-    """
+def _check_schema_version(text: str, expected: int, *, path: Path, what: str) -> None:
+    try:
+        document = from_json(text)
+    except ValueError:
+        return  # malformed: the validation explains it
+    found = document.get("schema_version", expected) if isinstance(document, dict) else expected
     if found != expected:
         raise FileError(
             f"{what} {path}: schema_version {found!r}; this version of rankwise reads {expected}. "

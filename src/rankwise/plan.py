@@ -16,7 +16,7 @@ from pydantic import ConfigDict, FiniteFloat, PositiveInt
 from torch import nn
 
 from rankwise.errors import PlanError, nearest
-from rankwise.files import check_schema_version, parse_json, read_text, write_text
+from rankwise.files import parse_json, read_text, write_text
 from rankwise.provenance import model_fingerprint
 from rankwise.tables import layer_table
 from rankwise.targets import LinearShape, exact_target_modules, linear_shape
@@ -139,9 +139,8 @@ class RankPlan:
             FileError: Missing, malformed, of another schema, or with values that are not allowed.
         """
         path = Path(path)
-        plan = parse_json(read_text(path, "rank plan"), cls, path=path, what="rank plan")
-        check_schema_version(plan.schema_version, SCHEMA_VERSION, path=path, what="rank plan")
-        return plan
+        text = read_text(path, "rank plan")
+        return parse_json(text, cls, path=path, what="rank plan", version=SCHEMA_VERSION)
 
     def check_fits(self, model: nn.Module, *, allow_other_base: bool = False) -> None:
         """Refuse a model that the plan was not made for.

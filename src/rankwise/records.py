@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
 
-from rankwise.files import check_schema_version, parse_json, read_text, write_text
+from rankwise.files import parse_json, read_text, write_text
 
 SCHEMA_VERSION = 1
 _FORBID = ConfigDict(extra="forbid")
@@ -111,6 +111,5 @@ class RunRecord:
             FileError: Missing, malformed, or of another schema.
         """
         path = Path(path)
-        record = parse_json(read_text(path, "run record"), cls, path=path, what="run record")
-        check_schema_version(record.schema_version, SCHEMA_VERSION, path=path, what="run record")
-        return record
+        text = read_text(path, "run record")
+        return parse_json(text, cls, path=path, what="run record", version=SCHEMA_VERSION)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import FileError
-from rankwise.files import check_schema_version, new_folder, parse_json, read_tensors, read_text
+from rankwise.files import new_folder, parse_json, read_tensors, read_text
 from rankwise.spectra import effective_rank
 from rankwise.tables import layer_table
 from rankwise.targets import LinearShape
@@ -144,8 +144,9 @@ class GradientProfile:
         folder = Path(folder)
         path = folder / PROFILE_FILE
         text = read_text(path, "profile")
-        document = parse_json(text, _ProfileDocument, path=path, what="profile")
-        check_schema_version(document.schema_version, SCHEMA_VERSION, path=path, what="profile")
+        document = parse_json(
+            text, _ProfileDocument, path=path, what="profile", version=SCHEMA_VERSION
+        )
         spectra = read_tensors(folder / _SPECTRA_FILE, "spectra")
         expected = {name: (m.shape.max_rank,) for name, m in document.modules.items()}
         _check_arrays(spectra, expected, folder / _SPECTRA_FILE)
