@@ -12,7 +12,7 @@ PIP_VERSION := 26.3
 PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-quick check lint format types imports clean
+.PHONY: help demo test conformance bench bench-quick check lint format types imports clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,10 +20,13 @@ help:  ## Show this list.
 demo: .venv/.demo-stamp  ## Profile, plan, fine-tune and compare RaLoRA with LoRA on a small real model.
 	.venv/bin/rankwise demo --out runs/demo
 
-check: lint types imports test  ## What CI runs.
+check: lint types imports test conformance  ## What CI runs.
 
 test: .venv/.dev-stamp  ## Run the test suite.
 	$(PY) -m pytest
+
+conformance: .venv/.dev-stamp  ## Run PEFT's own tests on our adapters; they must catch broken ones.
+	$(PY) scripts/conformance.py --controls
 
 bench: .venv/.dev-stamp  ## Measure speed against the targets; writes benchmarks/results.json.
 	$(PY) -m benchmarks

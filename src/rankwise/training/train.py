@@ -266,7 +266,9 @@ def _steps(settings: TrainingConfig, rows: int) -> int:
 def _arguments(config: RunConfig, steps: int, scratch: Path) -> SFTConfig:
     settings = config.training
     scheduler = {"cosine": "cosine_with_min_lr"}.get(settings.scheduler, settings.scheduler)
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
     return SFTConfig(
+        **checkpointing,
         output_dir=str(scratch),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
@@ -277,7 +279,6 @@ def _arguments(config: RunConfig, steps: int, scratch: Path) -> SFTConfig:
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        **{_CHECKPOINTING: settings.gradient_checkpointing},
         bf16=False,
         fp16=False,
         logging_steps=settings.log_every,
