@@ -46,6 +46,14 @@ def test_profile_plan_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert "ralora-pro" in planned
     assert call("inspect", place / "plan.json") == 0
     assert capsys.readouterr().out == planned
+    assert (
+        call("plan", place / "p", "--method", "water-fill", "r=2", "--out", place / "w.json") == 0
+    )
+    assert "water-fill" in capsys.readouterr().out
+    assert call("diff", place / "plan.json", place / "w.json") == 0
+    assert "modules differ" in capsys.readouterr().out
+    assert call("plan", place / "p", "--curve", "--recommend") == 0
+    assert "of the gradient energy measured over 2 batches" in capsys.readouterr().out
     assert call("inspect", place / "p") == 0
     assert "self_attn.q_proj" in capsys.readouterr().out
 
@@ -119,5 +127,5 @@ def test_help_is_quick_and_lists_every_command() -> None:
         "assert 'trl' not in sys.modules and 'datasets' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("profile", "plan", "train", "inspect", "report", "demo"):
+    for command in ("profile", "plan", "diff", "train", "inspect", "report", "demo"):
         assert command in done.stdout

@@ -219,7 +219,14 @@ class TestOptions:
         assert RaLoraPro().budget == "exact"
 
     def test_names(self) -> None:
-        assert list(METHODS) == ["lora", "ralora", "ralora-pro"]
+        assert list(METHODS) == [
+            "lora",
+            "lora-gid",
+            "ls-lora",
+            "water-fill",
+            "ralora",
+            "ralora-pro",
+        ]
         assert not Lora.needs_profile
         assert RaLora.needs_profile and RaLoraPro.needs_profile
 

@@ -4,8 +4,9 @@ Importing this package registers its adapter types with PEFT.
 """
 
 from rankwise.adapters import RaLoraConfig, attach
+from rankwise.curve import BudgetCurve, budget_curve
 from rankwise.errors import RankwiseError
-from rankwise.methods import Lora, RaLora, RaLoraPro
+from rankwise.methods import Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
 from rankwise.spectra import effective_rank, singular_values
@@ -15,16 +16,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchLoss",
+    "BudgetCurve",
     "GradientProfile",
     "LinearShape",
     "Lora",
+    "LoraGid",
+    "LsLora",
     "ModulePlan",
     "RaLora",
     "RaLoraConfig",
     "RaLoraPro",
     "RankPlan",
     "RankwiseError",
+    "WaterFill",
     "attach",
+    "budget_curve",
     "effective_rank",
     "find_targets",
     "profile_gradients",

@@ -115,20 +115,50 @@ def plan(
         list[str] | None,
         typer.Argument(help="Options of the method, such as r=8 alpha=16 n_max=32."),
     ] = None,
-    method: Annotated[str, typer.Option(help="lora, ralora or ralora-pro.")] = "ralora-pro",
+    method: Annotated[
+        str,
+        typer.Option(help="lora, lora-gid, ls-lora, water-fill, ralora or ralora-pro."),
+    ] = "ralora-pro",
     out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Instead of a plan: what each budget can capture."),
+    ] = False,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="Instead of a plan: a budget, with its reason.")
+    ] = False,
 ) -> None:
     """Decide each layer's rank and blocks from a profile, and print the plan as a table."""
+    from rankwise.curve import budget_curve
     from rankwise.profiling import GradientProfile
     from rankwise.training.config import make_method, parse_assignment
 
     chosen = make_method(method, dict(parse_assignment(option) for option in options or ()))
-    made = chosen.plan(GradientProfile.load(profile))
+    measured = GradientProfile.load(profile)
+    if curve or recommend:
+        budgets = budget_curve(measured)
+        if curve:
+            _out.print(str(budgets))
+        if recommend:
+            _out.print(budgets.recommendation())
+        return
+    made = chosen.plan(measured)
     if out is not None:
         made.save(out)
     _out.print(str(made))
     if out is not None:
         _err.print(f"plan saved to {out}")
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="A plan.")],
+    after: Annotated[Path, typer.Argument(help="Another plan for the same model.")],
+) -> None:
+    """Show which modules two plans treat differently."""
+    from rankwise.plan import RankPlan
+
+    _out.print(RankPlan.load(before).diff(RankPlan.load(after)))
 
 
 @app.command()

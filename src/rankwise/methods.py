@@ -3,9 +3,11 @@
 | method | statistic | estimator | rule | adapter |
 |---|---|---|---|---|
 | `Lora` | none | none | uniform rank | LoRA |
+| `LoraGid` | mean gradient | effective rank | rank = GID, or GID in a budget | LoRA |
+| `LsLora` | sensitivity | none | ranks by sensitivity | LoRA |
+| `WaterFill` | mean gradient | singular values | most energy per parameter | LoRA |
 | `RaLora` | mean gradient | effective rank | uniform rank, blocks by GID | block-diagonal |
-| `RaLoraPro` | the same, and sensitivity | effective rank | ranks by sensitivity, blocks by GID \
-| block-diagonal |
+| `RaLoraPro` | both | effective rank | ranks by sensitivity, blocks by GID | block-diagonal |
 
 A method is a frozen set of options; `plan(profile)` turns measured gradients into a `RankPlan`.
 """
@@ -17,14 +19,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rankwise.allocation import (
     block_count,
     dividing_blocks,
     proportional_ranks,
+    rank_limits,
     sensitivity_ranks,
     smoothed_shares,
+    water_filling_ranks,
 )
 from rankwise.errors import PlanError
 from rankwise.plan import AdapterKind, RankPlan, module_plans
@@ -164,7 +171,47 @@ class RaLora(Method):
 
 
 @dataclass(frozen=True)
-class RaLoraPro(RaLora):
+class _BySensitivity(Method):
+    """Ranks that follow each layer's loss sensitivity (RaLoRA section 3.4).
+
+    Attributes:
+        r_min: Smallest rank; default `r / 2`, as in the paper, and at least 1.
+        r_max: Largest rank; default `2 r`, as in the paper.
+        budget: `"exact"` never exceeds LoRA's parameters and hands out what flooring left over;
+            `"paper"` is Eq. 8 as printed, whose total can run some percent over.
+    """
+
+    r_min: int | None = None
+    r_max: int | None = None
+    budget: Literal["exact", "paper"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget not in ("exact", "paper"):
+            raise PlanError(f"budget={self.budget!r} must be 'exact' or 'paper'.")
+        _check_positive_int("r_min", self.bounds[0])
+        _check_bounds(self.bounds, self.r)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """`(r_min, r_max)` with the defaults filled in."""
+        low = max(1, self.r // 2) if self.r_min is None else self.r_min
+        return low, 2 * self.r if self.r_max is None else self.r_max
+
+    def _ranks(self, profile: GradientProfile) -> tuple[dict[str, int], int | None]:
+        """Ranks, and the budget that bounds them where it is hard."""
+        costs, caps = _costs(profile), _caps(profile)
+        scores = {name: module.sensitivity for name, module in profile.modules.items()}
+        if self.budget == "paper":
+            ranks = sensitivity_ranks(scores, costs, self.r, self.bounds)
+            return {name: min(rank, caps[name]) for name, rank in ranks.items()}, None
+        limit = self.r * sum(costs.values())
+        shares = smoothed_shares(scores, costs)
+        return proportional_ranks(shares, costs, limit, rank_limits(caps, *self.bounds)), limit
+
+
+@dataclass(frozen=True)
+class RaLoraPro(_BySensitivity, RaLora):
     """RaLoRA-Pro: ranks follow each layer's loss sensitivity, then blocks its GID.
 
     `r_l` is proportional to `a_l / sqrt(d_in + d_out)` within `[r_min, r_max]`, with
@@ -175,29 +222,10 @@ class RaLoraPro(RaLora):
         r_max: Largest rank; default `2 r`, as in the paper.
         budget: `"exact"` never exceeds LoRA's parameters and hands out what flooring left over;
             `"paper"` is Eq. 8 as printed, whose total can run some percent over.
+        n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
     """
 
     name: ClassVar[str] = "ralora-pro"
-
-    r_min: int | None = None
-    r_max: int | None = None
-    budget: Literal["exact", "paper"] = "exact"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget not in ("exact", "paper"):
-            raise PlanError(f"budget={self.budget!r} must be 'exact' or 'paper'.")
-        low, high = self.bounds
-        _check_positive_int("r_min", low)
-        _check_positive_int("r_max", high)
-        if not low <= self.r <= high:
-            raise PlanError(f"r_min={low} <= r={self.r} <= r_max={high} must hold.")
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """`(r_min, r_max)` with the defaults filled in."""
-        low = max(1, self.r // 2) if self.r_min is None else self.r_min
-        return low, 2 * self.r if self.r_max is None else self.r_max
 
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Ranks by sensitivity under the budget, then blocks by GID.
@@ -205,23 +233,117 @@ class RaLoraPro(RaLora):
         Raises:
             PlanError: The sensitivities are unusable or the budget is infeasible.
         """
-        shapes = _shapes(profile)
-        costs = {name: shape.rank_cost for name, shape in shapes.items()}
-        caps = {name: shape.max_rank for name, shape in shapes.items()}
-        scores = {name: module.sensitivity for name, module in profile.modules.items()}
-        if self.budget == "paper":
-            ranks = sensitivity_ranks(scores, costs, self.r, self.bounds)
-            ranks = {name: min(rank, caps[name]) for name, rank in ranks.items()}
-            limit = None
-        else:
-            limit = self.r * sum(costs.values())
-            shares = smoothed_shares(scores, costs)
-            ranks = proportional_ranks(shares, costs, limit, self.bounds, caps)
+        ranks, limit = self._ranks(profile)
         blocks = self._blocks(profile, ranks)
-        return self._assemble(shapes, ranks, blocks=blocks, profile=profile, budget=limit)
+        return self._assemble(_shapes(profile), ranks, blocks=blocks, profile=profile, budget=limit)
 
 
-METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Lora, RaLora, RaLoraPro)}
+@dataclass(frozen=True)
+class LsLora(_BySensitivity):
+    """LS-LoRA: RaLoRA-Pro's ranks by sensitivity, carried by plain LoRA (RaLoRA section 5).
+
+    Attributes:
+        r_min: Smallest rank; default `r / 2`, and at least 1.
+        r_max: Largest rank; default `2 r`.
+        budget: `"exact"` or `"paper"`, as for `RaLoraPro`.
+    """
+
+    name: ClassVar[str] = "ls-lora"
+    adapter: ClassVar[AdapterKind] = "lora"
+
+    def plan(self, profile: GradientProfile) -> RankPlan:
+        """Ranks by sensitivity under the budget.
+
+        Raises:
+            PlanError: The sensitivities are unusable or the budget is infeasible.
+        """
+        ranks, limit = self._ranks(profile)
+        return self._assemble(_shapes(profile), ranks, profile=profile, budget=limit)
+
+
+@dataclass(frozen=True)
+class LoraGid(Method):
+    """LoRA+GID: plain LoRA whose rank is the gradient's dimension, `r_l = ceil(erank)`.
+
+    The paper's LoRA+GID (Table 9) takes the GID as it is, tens of times LoRA's parameters. With
+    `budget="exact"` the ranks are proportional to the GID within LoRA's parameters at rank r.
+
+    Attributes:
+        budget: `"none"` or `"exact"`.
+    """
+
+    name: ClassVar[str] = "lora-gid"
+    adapter: ClassVar[AdapterKind] = "lora"
+
+    budget: Literal["none", "exact"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget not in ("none", "exact"):
+            raise PlanError(f"budget={self.budget!r} must be 'none' or 'exact'.")
+
+    def plan(self, profile: GradientProfile) -> RankPlan:
+        """Ranks by GID; at least 1.
+
+        Raises:
+            PlanError: The budget does not pay for rank 1 everywhere.
+        """
+        shapes, costs, caps = _shapes(profile), _costs(profile), _caps(profile)
+        if self.budget == "none":
+            # a GID of 64 measured as 64.0000000001 is 64
+            ranks = {name: max(1, math.ceil(gid - 1e-9)) for name, gid in profile.gid.items()}
+            return self._assemble(shapes, ranks, profile=profile)
+        limit = self.r * sum(costs.values())
+        limits = rank_limits(caps, 1, max(caps.values()))
+        ranks = proportional_ranks(profile.gid, costs, limit, limits)
+        return self._assemble(shapes, ranks, profile=profile, budget=limit)
+
+
+@dataclass(frozen=True)
+class WaterFill(Method):
+    """Ours: each unit of rank goes where the next singular direction holds the most energy.
+
+    Maximises `sum_l sum_{i <= r_l} sigma_{l,i}^2` of the mean gradients under
+    `sum_l r_l (d_in + d_out) <= r sum_l (d_in + d_out)`; see
+    `rankwise.allocation.water_filling_ranks` for the bound. Gradient energy is what a first step
+    along the best rank-r_l direction gains; that it predicts the trained loss is not claimed.
+
+    Attributes:
+        r_min: Smallest rank; 0, the default, leaves modules out that earn nothing.
+        r_max: Largest rank; default `8 r`.
+    """
+
+    name: ClassVar[str] = "water-fill"
+    adapter: ClassVar[AdapterKind] = "lora"
+
+    r_min: int = 0
+    r_max: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bounds(self.bounds, self.r)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """`(r_min, r_max)` with the default filled in."""
+        return self.r_min, 8 * self.r if self.r_max is None else self.r_max
+
+    def plan(self, profile: GradientProfile) -> RankPlan:
+        """Ranks by energy per parameter under LoRA's budget at rank r.
+
+        Raises:
+            PlanError: No rank is affordable.
+        """
+        costs = _costs(profile)
+        budget = self.r * sum(costs.values())
+        limits = rank_limits(_caps(profile), *self.bounds)
+        ranks = water_filling_ranks(_energies(profile), costs, budget, limits)
+        return self._assemble(_shapes(profile), ranks, profile=profile, budget=budget)
+
+
+METHODS: Mapping[str, type[Method]] = {
+    cls.name: cls for cls in (Lora, LoraGid, LsLora, WaterFill, RaLora, RaLoraPro)
+}
 """Every method by the name the configuration files use."""
 
 
@@ -229,6 +351,27 @@ def _shapes(source: GradientProfile | Mapping[str, LinearShape]) -> dict[str, Li
     if isinstance(source, GradientProfile):
         return {name: module.shape for name, module in source.modules.items()}
     return dict(source)
+
+
+def _costs(profile: GradientProfile) -> dict[str, int]:
+    return {name: module.shape.rank_cost for name, module in profile.modules.items()}
+
+
+def _caps(profile: GradientProfile) -> dict[str, int]:
+    return {name: module.shape.max_rank for name, module in profile.modules.items()}
+
+
+def _energies(profile: GradientProfile) -> dict[str, NDArray[np.float64]]:
+    return {name: values.numpy() ** 2 for name, values in profile.singular_values.items()}
+
+
+def _check_bounds(bounds: tuple[int, int], r: int) -> None:
+    low, high = bounds
+    if not _is_whole(low) or low < 0:
+        raise PlanError(f"r_min={low!r} must be a whole number of at least 0.")
+    _check_positive_int("r_max", high)
+    if not low <= r <= high:
+        raise PlanError(f"r_min={low} <= r={r} <= r_max={high} must hold.")
 
 
 def _check_fits(r: int, shapes: Mapping[str, LinearShape]) -> None:
@@ -244,6 +387,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_whole(value) or value < 1:
         raise PlanError(f"{name}={value!r} must be a whole number of at least 1.")

@@ -18,7 +18,7 @@ from torch import nn
 from rankwise.errors import PlanError, nearest
 from rankwise.files import parse_json, read_text, write_text
 from rankwise.provenance import model_fingerprint
-from rankwise.tables import layer_table
+from rankwise.tables import layer_table, make_table, render
 from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 
 SCHEMA_VERSION = 1
@@ -209,12 +209,27 @@ class RankPlan:
             **options,
         )
 
+    def diff(self, other: RankPlan) -> str:
+        """A table of the modules that the two plans treat differently, this one's side first."""
+        names = list(dict.fromkeys([*self.modules, *other.modules]))
+        sides = [(name, self._cell(name), other._cell(name)) for name in names]
+        rows = [side for side in sides if side[1] != side[2]]
+        total = f"{self.parameters:,} -> {other.parameters:,} trainable parameters"
+        if not rows:
+            return f"the same adapters in all {len(names)} modules; {total}"
+        columns = ["module", self.method, other.method]
+        caption = f"{len(rows)} of {len(names)} modules differ; {total}"
+        return render(make_table(columns, rows, caption=caption))
+
+    def _cell(self, name: str) -> str:
+        module = self.modules.get(name)
+        if module is None:
+            return "none"
+        return f"r={module.rank}" + (f" n={module.blocks}" if self.adapter == "ralora" else "")
+
     def __str__(self) -> str:
         with_blocks = self.adapter == "ralora"
-        cells = {
-            name: f"r={m.rank}" + (f" n={m.blocks}" if with_blocks else "")
-            for name, m in self.modules.items()
-        }
+        cells = {name: self._cell(name) for name in self.modules}
         caption = f"{len(self.modules)} modules, {self.parameters:,} trainable parameters"
         if self.budget is not None:
             caption += f" of {self.budget:,} ({self.budget - self.parameters:,} left)"

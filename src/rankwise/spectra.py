@@ -48,6 +48,7 @@ def singular_values(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, " k"]:
     if lost:
         rest = torch.linalg.eigh(gram).eigenvectors[:, :lost].T @ scaled
         squares[:lost] = torch.linalg.eigvalsh(rest @ rest.T)
+        squares = squares.sort().values  # the two measurements may overlap by a rounding
     return (squares.clamp_min(0).sqrt() * norm).flip(0).cpu()
 
 

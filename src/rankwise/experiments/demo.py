@@ -17,7 +17,7 @@ from rankwise.training import train
 from rankwise.training.config import RunConfig, validate
 
 METHODS: tuple[dict[str, Any], ...] = ({"name": "ralora", "r": 8}, {"name": "lora", "r": 8})
-HELD_OUT_SEQUENCES = 32
+HELD_OUT_SEQUENCES = 16
 
 READING = (
     "How to read this: one seed, {steps} steps, one learning rate for both. That is enough to see "

@@ -1,0 +1,121 @@
+"""How much rank do I need: captured gradient energy against the parameter budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankwise.allocation import parameters, rank_limits, water_filling_ranks
+from rankwise.errors import PlanError
+from rankwise.profiling import GradientProfile
+from rankwise.tables import make_table, render
+
+ENOUGH = 0.05
+"""A doubling of the budget that captures less of the energy than this is not recommended."""
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """What one budget captures of the mean gradients' energy `sum_l sum_i sigma_{l,i}^2`.
+
+    Attributes:
+        r: LoRA rank that takes this budget everywhere.
+        parameters: The budget, in trainable parameters.
+        uniform: Share captured by rank r in every module, in [0, 1].
+        water_fill: Share captured by the best ranks at this budget, in [0, 1].
+    """
+
+    r: int
+    parameters: int
+    uniform: float
+    water_fill: float
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """Budgets that double from point to point, and the one that is recommended.
+
+    Captured energy is what the best update of that size keeps of the *measured mean gradient*; it
+    grows slower than the benefit of training, which sees more than one gradient. It answers where
+    more rank stops buying much, not what the loss will be.
+    """
+
+    points: tuple[BudgetPoint, ...]
+    batches: int
+
+    @property
+    def knee(self) -> BudgetPoint:
+        """The smallest budget whose doubling captures less than `ENOUGH` more of the energy."""
+        for point, doubled in zip(self.points, self.points[1:], strict=False):
+            if doubled.water_fill - point.water_fill < ENOUGH:
+                return point
+        return self.points[-1]
+
+    def recommendation(self) -> str:
+        """The recommended budget and its reason, in words that can be quoted."""
+        knee = self.knee
+        later = self.points[self.points.index(knee) + 1 :]
+        captured = (
+            f"r = {knee.r} ({knee.parameters:,} parameters) can capture {knee.water_fill:.1%} of "
+            f"the gradient energy measured over {self.batches} batches"
+        )
+        if not later:
+            return (
+                f"{captured}, and every doubling up to here still gains {ENOUGH:.0%} or more: the "
+                "gradients ask for more rank than the largest budget looked at."
+            )
+        gain = later[0].water_fill - knee.water_fill
+        return (
+            f"{captured}; doubling it would add {gain * 100:.1f} percentage points, less than the "
+            f"{ENOUGH:.0%} that would justify it. Equal ranks at this size capture "
+            f"{knee.uniform:.1%}."
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (p.r, f"{p.parameters:,}", f"{p.uniform:.1%}", f"{p.water_fill:.1%}", _gain(p, after))
+            for p, after in zip(self.points, (*self.points[1:], None), strict=True)
+        ]
+        columns = ["LoRA r", "parameters", "uniform", "water-fill", "doubling adds"]
+        title = "share of the gradient energy that a budget can capture"
+        return render(make_table(columns, rows, title=title))
+
+
+def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -> BudgetCurve:
+    """Captured gradient energy of uniform and of water-filled ranks, budget by budget.
+
+    Args:
+        profile: Measured gradients.
+        ranks: LoRA ranks whose budgets are looked at; default 1, 2, 4, ... up to the smallest
+            module's largest rank.
+
+    Raises:
+        PlanError: No rank is given, or one is not positive.
+    """
+    costs = {name: module.shape.rank_cost for name, module in profile.modules.items()}
+    caps = {name: module.shape.max_rank for name, module in profile.modules.items()}
+    energies = {name: values.numpy() ** 2 for name, values in profile.singular_values.items()}
+    kept = {name: np.cumsum(energy) for name, energy in energies.items()}
+    total = sum(float(energy[-1]) for energy in kept.values())
+    if ranks is None:
+        ranks = [2**i for i in range(min(caps.values()).bit_length())]
+    if not ranks or min(ranks) < 1:
+        raise PlanError(f"ranks={list(ranks)!r} must be whole numbers of at least 1.")
+    limits = rank_limits(caps, 0, max(caps.values()))
+    points = []
+    for r in ranks:
+        even = {name: min(r, cap) for name, cap in caps.items()}
+        budget = parameters(even, costs)
+        best = water_filling_ranks(energies, costs, budget, limits)
+        shares = (
+            sum(float(kept[name][rank - 1]) for name, rank in chosen.items() if rank) / total
+            for chosen in (even, best)
+        )
+        points.append(BudgetPoint(r, budget, *shares))
+    return BudgetCurve(tuple(points), profile.provenance.batches)
+
+
+def _gain(point: BudgetPoint, doubled: BudgetPoint | None) -> str:
+    return "" if doubled is None else f"{(doubled.water_fill - point.water_fill) * 100:.1f} points"
