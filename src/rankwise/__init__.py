@@ -8,7 +8,16 @@ from rankwise.errors import RankwiseError
 from rankwise.methods import Lora, RaLora, RaLoraPro
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
-from rankwise.spectra import effective_rank, singular_values
+from rankwise.spectra import (
+    effective_rank,
+    energy_crossing,
+    energy_rank,
+    gram_eigenvalues,
+    participation_ratio,
+    singular_values,
+    stable_rank,
+    threshold_rank,
+)
 from rankwise.targets import LinearShape, find_targets
 
 __version__ = "0.1.0"
@@ -26,7 +35,13 @@ __all__ = [
     "RankwiseError",
     "attach",
     "effective_rank",
+    "energy_crossing",
+    "energy_rank",
     "find_targets",
+    "gram_eigenvalues",
+    "participation_ratio",
     "profile_gradients",
     "singular_values",
+    "stable_rank",
+    "threshold_rank",
 ]
