@@ -40,7 +40,7 @@ def build(model_cls: type[PreTrainedModel], config: object, seed: int) -> PreTra
 
 
 def tiny_llama(seed: int = 0, **options: object) -> PreTrainedModel:
-    """Llama: two layers, grouped key/value heads, gated MLP, 20 units wide where 16 is hidden."""
+    """Llama: two layers, grouped key/value heads, a gated MLP, an untied head."""
     settings: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,

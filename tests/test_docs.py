@@ -1,0 +1,69 @@
+"""The documentation says what is true: the README's example runs, the key table is complete."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from rankwise.methods import METHODS
+from rankwise.training.config import RunConfig
+from tiny_folder import save_tiny_llama
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    code = block[1]
+    for old, new in {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(save_tiny_llama(tmp_path / "model"))),
+        "max_steps=20": "max_steps=2, use_cpu=True, dataloader_pin_memory=False",
+        "RaLoraPro(r=8)": "RaLoraPro(r=2)",
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+    assert "trainable parameters" in capsys.readouterr().out
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def test_every_key_of_a_run_is_documented() -> None:
+    page = (ROOT / "docs/train.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
+    methods = [row for row in rows if row.startswith("method.")]
+    assert [row for row in rows if row not in methods] == [
+        key for key in _keys(RunConfig) if key != "method"
+    ]
+    options = {field.name for cls in METHODS.values() for field in fields(cls)}
+    assert {row.removeprefix("method.") for row in methods} == options | {"name"}
+
+
+def test_documented_defaults_are_the_defaults() -> None:
+    page = (ROOT / "docs/train.md").read_text(encoding="utf-8")
+    config = RunConfig.model_validate({"model": "m", "output": "o", "data": {"train": "t"}})
+    for key, default in re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", page, re.MULTILINE):
+        if key.startswith("method."):
+            continue
+        value: object = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert str(value).lower() == default, key
