@@ -64,7 +64,7 @@ def model_and_batches(architecture: str) -> tuple[PreTrainedModel, list[Batch]]:
 
 
 def measure(model: nn.Module, batches: Sequence[Batch], **options: Any) -> GradientProfile:
-    settings: dict[str, Any] = {"batches": len(batches), "statistics": ALL}
+    settings: dict[str, Any] = {"batches": len(batches), "statistics": ALL, "engine": "hooks"}
     return profile_gradients(model, batches, **(settings | options))
 
 

@@ -78,6 +78,10 @@ class Ledger:
             "batch %d is dropped: non-finite gradient in module %s (or after it)", index, module
         )
 
+    def reset(self) -> None:
+        """Forget everything, for another engine to begin."""
+        self.__init__(self.asked)  # type: ignore[misc]
+
     def close(self, seen: int) -> None:
         """Check the account when the loader is done.
 

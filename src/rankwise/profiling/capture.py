@@ -23,18 +23,25 @@ CaptureConsumer = Callable[[str, Tensor, Tensor], None]
 
 @contextmanager
 def capture_gradients(
-    model: nn.Module, targets: Iterable[str], consume: CaptureConsumer, *, flat: bool = True
+    model: nn.Module,
+    targets: Iterable[str],
+    consume: CaptureConsumer,
+    *,
+    flat: bool = True,
+    from_embeddings: bool = True,
 ) -> Iterator[None]:
     """Call `consume` for every target on every backward inside the block.
 
     With `flat` the tensors come as `(T, d_in)` and `(T, d_out)`, else in the layer's own shape.
+    With `from_embeddings` the graph starts at the input embeddings, as reentrant checkpointing
+    needs; else at the first target, or wherever the caller starts it.
 
     All parameters are frozen meanwhile; their `requires_grad` and the model's hooks are as before
     when the block ends, however it ends.
     """
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        for module in _input_embeddings(model):
+        for module in _input_embeddings(model) if from_embeddings else ():
             _remove_at_exit(stack, module.register_forward_hook(_require_output_grad))
         for name in targets:
             hook = _capturing_hook(name, consume, flat=flat)

@@ -9,20 +9,24 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import ProfileError
+from rankwise.errors import ProfileError, nearest
 from rankwise.profiling.batches import Batch, Job, Ledger, check_statistics
 from rankwise.profiling.hooks import hook_engine
 from rankwise.profiling.loss import LossFunction, model_loss
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
 from rankwise.profiling.statistics import ModuleResult, Statistic, sensitivity
+from rankwise.profiling.sweep import UnsuitableError, sweep_engine
 from rankwise.provenance import model_fingerprint, versions
 from rankwise.spectra import singular_values
 from rankwise.targets import find_targets, linear_weight
+
+Engine = Literal["auto", "hooks", "sweep"]
+"""How gradients are reached: see `profile_gradients`."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ def profile_gradients(
     train_mode: bool = False,
     statistics: Sequence[Statistic] = ("mean",),
     keep_gradients: bool = False,
+    engine: Engine = "auto",
     progress: bool = True,
 ) -> GradientProfile:
     """Measure the gradient of every target layer on the user's own data, without training.
@@ -46,8 +51,9 @@ def profile_gradients(
     its singular values, its Frobenius norm, and the sensitivity `mean(|W * G|)` (RaLoRA Eq. 5).
     A batch whose loss or gradient holds a NaN or an infinity anywhere is dropped for every module,
     and named in the provenance; what holding back a batch costs in memory is said at
-    `StreamingStatistics`. With `"gram"` the gradients of all M batches are kept until the last,
-    each as the smaller of a fp32 matrix of the weight's size and its input and output gradient.
+    `StreamingStatistics`. With `"gram"` the gradients of all M batches are kept until the last, of
+    one layer by the sweep and of every layer by hooks, each as the smaller of a fp32 matrix of the
+    weight's size and its input and output gradient.
     The weights stay frozen and no optimizer steps; mode, `requires_grad`, hooks and random state
     are as before afterwards, also after an error.
 
@@ -67,6 +73,12 @@ def profile_gradients(
             of sample s, its negative log-likelihood; inputs must have the samples first;
             `"convergence"`: the GID of the mean over the first 1, 2, 4, ..., N batches.
         keep_gradients: Keep `G` itself in the profile (fp32, as large as the target weights).
+        engine: `"hooks"` measures any model and loss in one backward pass a batch. `"sweep"` goes
+            through a transformers stack layer by layer, so that only one layer's gradients are
+            alive (see `rankwise.profiling.sweep`); it is compared with hooks on one batch first and
+            gives way to them, with a message, where it does not fit. `"auto"`: the sweep for
+            `"gram"`, else hooks. The sweep takes all batches from the loader first and calls
+            `loss_fn` twice more on one of them.
         progress: Show a progress bar on the terminal.
 
     Returns:
@@ -74,22 +86,23 @@ def profile_gradients(
 
     Raises:
         TargetError: The targets match nothing usable.
-        ProfileError: No batch, no labels, every gradient zero, an unknown statistic, or more than
-            a tenth of the batches dropped; names a module and a batch.
+        ProfileError: No batch, no labels, every gradient zero, an unknown statistic or engine, or
+            more than a tenth of the batches dropped; names a module and a batch.
     """
     if batches < 1:
         raise ProfileError(f"batches={batches}: at least one batch is needed.")
     selected = find_targets(model, targets)
     wanted = check_statistics(statistics)
+    if engine not in get_args(Engine):
+        raise ProfileError(f"engine={engine!r}; {nearest(engine, get_args(Engine))}")
     job = Job(model, selected, loss_fn, wanted, batches, train_mode, progress)
     started = time.perf_counter()
     ledger = Ledger(batches)
     found = _Found(job, keep_gradients=keep_gradients)
     with torch.enable_grad(), _mode(model, train=train_mode), _random_state_kept():
-        results = _run_engine(job, islice(iter(batches_of), batches), ledger)
+        results = _run_engine(job, islice(iter(batches_of), batches), ledger, engine)
         with closing(results):
-            for name, result in results:
-                found.add(name, result)
+            used = found.add_all(results)
     provenance = ProfileProvenance(
         model=model_name(model),
         model_fingerprint=model_fingerprint(model),
@@ -102,6 +115,7 @@ def profile_gradients(
         tokens=sum(ledger.items),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         train_mode=train_mode,
+        engine=used,
         seconds=round(time.perf_counter() - started, 3),
         versions=versions(),
     )
@@ -109,9 +123,23 @@ def profile_gradients(
 
 
 def _run_engine(
-    job: Job, batches: Iterable[Batch], ledger: Ledger
-) -> Generator[tuple[str, ModuleResult], None, None]:
-    yield from hook_engine(job, batches, ledger)
+    job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str
+) -> Generator[tuple[str, ModuleResult], None, str]:
+    """Give out the modules' results, some perhaps twice; returns the engine that made them."""
+    if engine == "hooks" or (engine == "auto" and "gram" not in job.wanted):
+        yield from hook_engine(job, batches, ledger)
+        return "hooks"
+    taken = list(batches)
+    try:
+        yield from sweep_engine(job, taken, ledger)
+    except UnsuitableError as reason:
+        level = logging.INFO if engine == "auto" else logging.WARNING
+        logger.log(level, "the layer sweep does not fit: %s; measuring by hooks instead", reason)
+    else:
+        return "sweep"
+    ledger.reset()
+    yield from hook_engine(job, taken, ledger)
+    return "hooks"
 
 
 class _Found:
@@ -125,6 +153,15 @@ class _Found:
         self.gradients: dict[str, Tensor] = {}
         self.gram: dict[str, Tensor] = {}
         self.convergence: dict[str, Tensor] = {}
+
+    def add_all(self, results: Generator[tuple[str, ModuleResult], None, str]) -> str:
+        """Add every result; returns what the generator returns."""
+        while True:
+            try:
+                name, result = next(results)
+            except StopIteration as end:
+                return str(end.value)
+            self.add(name, result)
 
     def add(self, name: str, result: ModuleResult) -> None:
         """Turn one module's result into statistics, giving up its gradient."""

@@ -86,6 +86,7 @@ class ProfileProvenance:
         batch_items: Labelled items of each batch averaged, their weights in the mean.
         dropped_batches: Indices in the loader of batches with a NaN or an infinity.
         unlabelled_batches: Indices in the loader of batches without a labelled item.
+        engine: How gradients were reached, "hooks" or "sweep".
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -103,6 +104,7 @@ class ProfileProvenance:
     batch_items: list[PositiveInt] = field(default_factory=list)
     dropped_batches: list[NonNegativeInt] = field(default_factory=list)
     unlabelled_batches: list[NonNegativeInt] = field(default_factory=list)
+    engine: str = "hooks"
 
 
 @dataclass(frozen=True)
