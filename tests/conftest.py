@@ -7,7 +7,10 @@ from jaxtyping import install_import_hook
 # Shapes in annotations are checked while testing only; this must come before rankwise is imported.
 # Not the adapters: the hook would check their configurations before their own messages do, and
 # break torch.compile; test_block_diagonal.py checks their mathematics.
-install_import_hook(["rankwise.spectra", "rankwise.profiling.statistics"], "beartype.beartype")
+install_import_hook(
+    ["rankwise.spectra", "rankwise.profiling.staging", "rankwise.profiling.statistics"],
+    "beartype.beartype",
+)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -9,7 +9,16 @@ from rankwise.errors import RankwiseError
 from rankwise.methods import Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
-from rankwise.spectra import effective_rank, singular_values
+from rankwise.spectra import (
+    effective_rank,
+    energy_crossing,
+    energy_rank,
+    gram_eigenvalues,
+    participation_ratio,
+    singular_values,
+    stable_rank,
+    threshold_rank,
+)
 from rankwise.targets import LinearShape, find_targets
 
 __version__ = "0.1.0"
@@ -32,7 +41,13 @@ __all__ = [
     "attach",
     "budget_curve",
     "effective_rank",
+    "energy_crossing",
+    "energy_rank",
     "find_targets",
+    "gram_eigenvalues",
+    "participation_ratio",
     "profile_gradients",
     "singular_values",
+    "stable_rank",
+    "threshold_rank",
 ]

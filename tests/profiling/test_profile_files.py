@@ -191,7 +191,7 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda d: d.update(schema_version=2), "schema_version 2; .*reads 1"),
+            (lambda d: d.update(schema_version=1), "schema_version 1; .*reads 2"),
             (lambda d: d.update(extra=1), "extra: Unexpected keyword"),
             (lambda d: d.pop("provenance"), "provenance: Field required"),
             (lambda d: d["provenance"].update(colour="red"), r"provenance\.colour: Unexpected"),

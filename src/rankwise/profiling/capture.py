@@ -18,30 +18,39 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 CaptureConsumer = Callable[[str, Tensor, Tensor], None]
-"""Called as `consume(module_name, x (T, d_in), g (T, d_out))` once per use of a module."""
+"""Called as `consume(module_name, x (..., d_in), g (..., d_out))` once per use of a module."""
 
 
 @contextmanager
 def capture_gradients(
-    model: nn.Module, targets: Iterable[str], consume: CaptureConsumer
+    model: nn.Module,
+    targets: Iterable[str],
+    consume: CaptureConsumer,
+    *,
+    flat: bool = True,
+    from_embeddings: bool = True,
 ) -> Iterator[None]:
     """Call `consume` for every target on every backward inside the block.
+
+    With `flat` the tensors come as `(T, d_in)` and `(T, d_out)`, else in the layer's own shape.
+    With `from_embeddings` the graph starts at the input embeddings, as reentrant checkpointing
+    needs; else at the first target, or wherever the caller starts it.
 
     All parameters are frozen meanwhile; their `requires_grad` and the model's hooks are as before
     when the block ends, however it ends.
     """
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        for module in _input_embeddings(model):
+        for module in _input_embeddings(model) if from_embeddings else ():
             _remove_at_exit(stack, module.register_forward_hook(_require_output_grad))
         for name in targets:
-            hook = _capturing_hook(name, consume)
+            hook = _capturing_hook(name, consume, flat=flat)
             _remove_at_exit(stack, model.get_submodule(name).register_forward_hook(hook))
         yield
 
 
 def _capturing_hook(
-    name: str, consume: CaptureConsumer
+    name: str, consume: CaptureConsumer, *, flat: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = _require_output_grad(module, inputs, output)
@@ -50,7 +59,10 @@ def _capturing_hook(
         x = inputs[0].detach()
 
         def on_gradient(gradient: Tensor) -> None:
-            consume(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+            if flat:
+                consume(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+            else:
+                consume(name, x, gradient)
 
         output.register_hook(on_gradient)
         return output

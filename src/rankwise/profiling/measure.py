@@ -9,24 +9,26 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, Literal, get_args
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
-from rankwise.errors import ProfileError
-from rankwise.profiling.capture import capture_gradients
+from rankwise.errors import ProfileError, nearest
+from rankwise.profiling.batches import Batch, Job, Ledger, check_statistics
+from rankwise.profiling.hooks import hook_engine
 from rankwise.profiling.loss import LossFunction, model_loss
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
-from rankwise.profiling.statistics import MeanGradient, sensitivity
-from rankwise.provenance import DataFingerprint, model_fingerprint, versions
+from rankwise.profiling.statistics import ModuleResult, Statistic, sensitivity
+from rankwise.profiling.sweep import UnsuitableError, sweep_engine
+from rankwise.provenance import model_fingerprint, versions
 from rankwise.spectra import singular_values
-from rankwise.targets import Targets, find_targets, linear_weight
+from rankwise.targets import find_targets, linear_weight
+
+Engine = Literal["auto", "hooks", "sweep"]
+"""How gradients are reached: see `profile_gradients`."""
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def profile_gradients(
@@ -37,7 +39,9 @@ def profile_gradients(
     batches: int = 8,
     loss_fn: LossFunction = model_loss,
     train_mode: bool = False,
+    statistics: Sequence[Statistic] = ("mean",),
     keep_gradients: bool = False,
+    engine: Engine = "auto",
     progress: bool = True,
 ) -> GradientProfile:
     """Measure the gradient of every target layer on the user's own data, without training.
@@ -45,6 +49,11 @@ def profile_gradients(
     For each target with weight `W (d_out, d_in)`: the mean gradient
     `G = sum_b n_b G_b / sum_b n_b` over N batches with `n_b` labelled items (RaLoRA Algorithm 1),
     its singular values, its Frobenius norm, and the sensitivity `mean(|W * G|)` (RaLoRA Eq. 5).
+    A batch whose loss or gradient holds a NaN or an infinity anywhere is dropped for every module,
+    and named in the provenance; what holding back a batch costs in memory is said at
+    `StreamingStatistics`. With `"gram"` the gradients of all M batches are kept until the last, of
+    one layer by the sweep and of every layer by hooks, each as the smaller of a fp32 matrix of the
+    weight's size and its input and output gradient.
     The weights stay frozen and no optimizer steps; mode, `requires_grad`, hooks and random state
     are as before afterwards, also after an error.
 
@@ -56,7 +65,20 @@ def profile_gradients(
             little without its N; 8 is rankwise's choice, the paper names none.
         loss_fn: `(model, batch) -> BatchLoss`; default: the model's own loss.
         train_mode: Profile with dropout on, as the released RaLoRA code does; default off.
+        statistics: What to measure in the same pass besides the mean gradient, always measured:
+            `"gram"`: the exact Gram matrix `C_ab = <G_a, G_b> / M` of the M = N batch gradients
+            (GARD 3.2), each batch as it is, unweighted and uncentred;
+            `"fisher"`: the empirical Fisher information's mean entry (RaLoRA Eq. 29),
+            `mean_s mean_ij (d L_s / d W_ij)^2` with `L_s` the loss *summed* over the labelled items
+            of sample s, its negative log-likelihood; inputs must have the samples first;
+            `"convergence"`: the GID of the mean over the first 1, 2, 4, ..., N batches.
         keep_gradients: Keep `G` itself in the profile (fp32, as large as the target weights).
+        engine: `"hooks"` measures any model and loss in one backward pass a batch. `"sweep"` goes
+            through a transformers stack layer by layer, so that only one layer's gradients are
+            alive (see `rankwise.profiling.sweep`); it is compared with hooks on one batch first and
+            gives way to them, with a message, where it does not fit. `"auto"`: the sweep for
+            `"gram"`, else hooks. The sweep takes all batches from the loader first and calls
+            `loss_fn` twice more on one of them.
         progress: Show a progress bar on the terminal.
 
     Returns:
@@ -64,134 +86,130 @@ def profile_gradients(
 
     Raises:
         TargetError: The targets match nothing usable.
-        ProfileError: No batch, no labels, every gradient zero, or a non-finite gradient.
+        ProfileError: No batch, no labels, every gradient zero, an unknown statistic or engine, or
+            more than a tenth of the batches dropped; names a module and a batch.
     """
     if batches < 1:
         raise ProfileError(f"batches={batches}: at least one batch is needed.")
     selected = find_targets(model, targets)
+    wanted = check_statistics(statistics)
+    if engine not in get_args(Engine):
+        raise ProfileError(f"engine={engine!r}; {nearest(engine, get_args(Engine))}")
+    job = Job(model, selected, loss_fn, wanted, batches, train_mode, progress)
     started = time.perf_counter()
-    data = DataFingerprint()
+    ledger = Ledger(batches)
+    found = _Found(job, keep_gradients=keep_gradients)
     with torch.enable_grad(), _mode(model, train=train_mode), _random_state_kept():
-        statistics = MeanGradient(selected)
-        sizes = _accumulate(
-            model, batches_of, selected, statistics, data, batches, loss_fn, progress
-        )
-        measured, spectra, gradients = _finish(
-            model, selected, statistics, keep_gradients, progress
-        )
+        results = _run_engine(job, islice(iter(batches_of), batches), ledger, engine)
+        with closing(results):
+            used = found.add_all(results)
     provenance = ProfileProvenance(
         model=model_name(model),
         model_fingerprint=model_fingerprint(model),
-        data_fingerprint=data.hexdigest(),
-        batches=len(sizes),
-        batch_sizes=sizes,
-        tokens=statistics.total_count,
+        data_fingerprint=ledger.data.hexdigest(),
+        batches=len(ledger.items),
+        batch_sizes=ledger.rows,
+        batch_items=ledger.items,
+        dropped_batches=sorted(ledger.dropped),
+        unlabelled_batches=ledger.unlabelled,
+        tokens=sum(ledger.items),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         train_mode=train_mode,
+        engine=used,
         seconds=round(time.perf_counter() - started, 3),
         versions=versions(),
     )
-    return GradientProfile(measured, spectra, provenance, gradients)
+    return found.profile(provenance)
 
 
-def _accumulate(
-    model: nn.Module,
-    batches_of: Iterable[Mapping[str, Any]],
-    selected: Targets,
-    statistics: MeanGradient,
-    data: DataFingerprint,
-    batches: int,
-    loss_fn: LossFunction,
-    progress: bool,
-) -> list[int]:
-    """Run the batches through the model; returns the rows of each batch that counted."""
-    device = next(model.parameters()).device
-    sizes: list[int] = []
-    seen = 0
-    taken = islice(iter(batches_of), batches)
-    shown = _progress(taken, batches, "measuring gradients", progress)
-    with capture_gradients(model, selected, statistics.consume), closing(shown):
-        for batch in shown:
-            seen += 1
-            if not isinstance(batch, Mapping):
-                raise ProfileError(
-                    f"batch {seen - 1} is a {type(batch).__name__}; each batch must be a mapping "
-                    "from argument name to tensor, as a collator of transformers gives."
-                )
-            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            loss, count = loss_fn(model, on_device)
-            if count == 0:
-                logger.warning("batch %d has no labelled item and is skipped", seen - 1)
-                continue
-            if not loss.requires_grad:
-                raise ProfileError(
-                    f"the loss of batch {seen - 1} depends on none of the targets, so it has no "
-                    "gradient; check that loss_fn does not detach it and that targets are used."
-                )
-            statistics.begin_batch(count, index=seen - 1)
-            loss.backward()
-            statistics.end_batch()
-            data.update(batch)
-            sizes.append(next((v.shape[0] for v in batch.values() if isinstance(v, Tensor)), 1))
-    if not seen:
-        raise ProfileError("the loader gave no batch; check that the data set is not empty.")
-    if not sizes:
-        raise ProfileError(f"none of the {seen} batches has a labelled item (all labels are -100).")
-    if seen < batches:
-        logger.warning("the loader gave %d batches of the %d asked for", seen, batches)
-    return sizes
+def _run_engine(
+    job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str
+) -> Generator[tuple[str, ModuleResult], None, str]:
+    """Give out the modules' results, some perhaps twice; returns the engine that made them."""
+    if engine == "hooks" or (engine == "auto" and "gram" not in job.wanted):
+        yield from hook_engine(job, batches, ledger)
+        return "hooks"
+    taken = list(batches)
+    try:
+        yield from sweep_engine(job, taken, ledger)
+    except UnsuitableError as reason:
+        level = logging.INFO if engine == "auto" else logging.WARNING
+        logger.log(level, "the layer sweep does not fit: %s; measuring by hooks instead", reason)
+    else:
+        return "sweep"
+    ledger.reset()
+    yield from hook_engine(job, taken, ledger)
+    return "hooks"
 
 
-def _finish(
-    model: nn.Module,
-    selected: Targets,
-    statistics: MeanGradient,
-    keep_gradients: bool,
-    progress: bool,
-) -> tuple[dict[str, ModuleStatistics], dict[str, Tensor], dict[str, Tensor] | None]:
-    """Turn sums into statistics, one layer at a time, giving up each layer's gradient."""
-    measured: dict[str, ModuleStatistics] = {}
-    spectra: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-    layers = _progress(selected.items(), len(selected), "computing spectra", progress)
-    with closing(layers):
-        for name, shape in layers:
-            gradient = statistics.pop(name)
-            if gradient is None:
-                gradient = torch.zeros(shape.d_out, shape.d_in)
-            spectra[name] = singular_values(gradient)
-            norm = float(spectra[name].norm())
-            weight = linear_weight(model.get_submodule(name))
-            measured[name] = ModuleStatistics(
-                d_in=shape.d_in,
-                d_out=shape.d_out,
-                gradient_norm=norm,
-                sensitivity=sensitivity(weight, gradient.to(weight.device)),
-                batches=statistics.batches[name],
-                rows=statistics.rows[name],
-            )
-            if norm == 0:
-                logger.warning("%s: its gradient is zero on every batch", name)
-            if keep_gradients:
-                gradients[name] = gradient.cpu()
-    if all(entry.gradient_norm == 0 for entry in measured.values()):
-        raise ProfileError(
-            "the gradient of every target is zero; check that the loss depends on the model."
+class _Found:
+    """Results as they come from an engine, reduced to what a profile keeps."""
+
+    def __init__(self, job: Job, *, keep_gradients: bool) -> None:
+        self._job = job
+        self._keep_gradients = keep_gradients
+        self.modules: dict[str, ModuleStatistics] = {}
+        self.spectra: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.gram: dict[str, Tensor] = {}
+        self.convergence: dict[str, Tensor] = {}
+
+    def add_all(self, results: Generator[tuple[str, ModuleResult], None, str]) -> str:
+        """Add every result; returns what the generator returns."""
+        while True:
+            try:
+                name, result = next(results)
+            except StopIteration as end:
+                return str(end.value)
+            self.add(name, result)
+
+    def add(self, name: str, result: ModuleResult) -> None:
+        """Turn one module's result into statistics, giving up its gradient."""
+        shape = self._job.selected[name]
+        gradient = result.gradient
+        if gradient is None:
+            gradient = torch.zeros(shape.d_out, shape.d_in)
+        self.spectra[name] = singular_values(gradient)
+        norm = float(self.spectra[name].norm())
+        weight = linear_weight(self._job.model.get_submodule(name))
+        self.modules[name] = ModuleStatistics(
+            d_in=shape.d_in,
+            d_out=shape.d_out,
+            gradient_norm=norm,
+            sensitivity=sensitivity(weight, gradient.to(weight.device)),
+            batches=result.batches,
+            rows=result.rows,
+            zero_batches=result.zero_batches,
+            fisher=result.fisher,
         )
-    return measured, spectra, gradients if keep_gradients else None
+        if norm == 0:
+            logger.warning("%s: its gradient is zero on every batch", name)
+        if result.gram is not None:
+            self.gram[name] = result.gram
+        if result.gids:
+            self.convergence[name] = torch.tensor(result.gids, dtype=torch.float64)
+        if self._keep_gradients:
+            self.gradients[name] = gradient.cpu()
+
+    def profile(self, provenance: ProfileProvenance) -> GradientProfile:
+        """The profile, with the modules in model order."""
+        if all(entry.gradient_norm == 0 for entry in self.modules.values()):
+            raise ProfileError(
+                "the gradient of every target is zero; check that the loss depends on the model."
+            )
+        names = self._job.selected
+        return GradientProfile(
+            {name: self.modules[name] for name in names},
+            {name: self.spectra[name] for name in names},
+            provenance,
+            gradients=_in_order(self.gradients, names),
+            gram=_in_order(self.gram, names),
+            convergence=_in_order(self.convergence, names),
+        )
 
 
-def _progress(items: Iterable[T], total: int, label: str, shown: bool) -> Generator[T, None, None]:
-    """The items under a progress bar, which lives until the generator is exhausted or closed."""
-    console = Console(stderr=True)
-    yield from track(
-        items,
-        description=label,
-        total=total,
-        console=console,
-        transient=True,
-        disable=not (shown and console.is_terminal),
-    )
+def _in_order(arrays: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor] | None:
+    return {name: arrays[name] for name in names} if arrays else None
 
 
 @contextmanager

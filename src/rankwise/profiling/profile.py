@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -14,16 +15,19 @@ from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.errors import FileError
+from rankwise.errors import FileError, ProfileError
 from rankwise.files import new_folder, parse_json, read_tensors, read_text
-from rankwise.spectra import effective_rank
+from rankwise.profiling.staging import prefixes
+from rankwise.spectra import effective_rank, energy_crossing, gram_eigenvalues
 from rankwise.tables import layer_table
 from rankwise.targets import LinearShape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROFILE_FILE = "profile.json"
 _SPECTRA_FILE = "spectra.safetensors"
 _GRADIENTS_FILE = "gradients.safetensors"
+_GRAM_FILE = "gram.safetensors"
+_CONVERGENCE_FILE = "convergence.safetensors"
 _FORBID = ConfigDict(extra="forbid")
 
 
@@ -38,6 +42,8 @@ class ModuleStatistics:
         sensitivity: `mean(|W * G|)`, in loss (RaLoRA Eq. 5).
         batches: How many batches reached the module.
         rows: How many input rows (tokens, padding included) it saw.
+        zero_batches: How many of `batches` gave a gradient of exactly zero.
+        fisher: Mean entry of the empirical Fisher information, if it was measured.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -48,6 +54,13 @@ class ModuleStatistics:
     sensitivity: Annotated[FiniteFloat, Field(ge=0)]
     batches: NonNegativeInt
     rows: NonNegativeInt
+    zero_batches: NonNegativeInt = 0
+    fisher: Annotated[FiniteFloat, Field(ge=0)] | None = None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any batch gave it a gradient; an unused expert has none."""
+        return self.gradient_norm > 0
 
     @property
     def shape(self) -> LinearShape:
@@ -63,13 +76,17 @@ class ProfileProvenance:
         model: Hub id, folder name or class of the model.
         model_fingerprint: See `rankwise.provenance.model_fingerprint`.
         data_fingerprint: Hash of the batches seen.
-        batches: N, the number of batches averaged.
-        batch_sizes: Rows of each batch.
+        batches: N, the number of batches averaged, also M, the side of the Gram matrices.
+        batch_sizes: Rows of each of them.
         tokens: Labelled items over all batches.
         dtype: Parameter dtype of the model; the statistics are fp32 or wider.
         train_mode: Whether dropout was on.
         seconds: Wall time of the profiling.
         versions: Packages that can change the result.
+        batch_items: Labelled items of each batch averaged, their weights in the mean.
+        dropped_batches: Indices in the loader of batches with a NaN or an infinity.
+        unlabelled_batches: Indices in the loader of batches without a labelled item.
+        engine: How gradients were reached, "hooks" or "sweep".
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -84,6 +101,10 @@ class ProfileProvenance:
     train_mode: bool
     seconds: FiniteFloat
     versions: dict[str, str]
+    batch_items: list[PositiveInt] = field(default_factory=list)
+    dropped_batches: list[NonNegativeInt] = field(default_factory=list)
+    unlabelled_batches: list[NonNegativeInt] = field(default_factory=list)
+    engine: str = "hooks"
 
 
 @dataclass(frozen=True)
@@ -104,17 +125,47 @@ class GradientProfile:
         singular_values: Spectrum of each module's mean gradient, fp64, largest first.
         provenance: Model, data, N, tokens, dtype, versions.
         gradients: The mean gradients themselves, fp32 `(d_out, d_in)`, if they were kept.
+        gram: Gram matrix `C (M, M)` of each module's batch gradients, `<G_a, G_b> / M`, fp64,
+            uncentred, if it was measured.
+        convergence: GID of each module's mean over its first `prefixes(N)` = 1, 2, 4, ..., N
+            batches, if it was measured.
     """
 
     modules: Mapping[str, ModuleStatistics]
     singular_values: Mapping[str, Tensor]
     provenance: ProfileProvenance
     gradients: Mapping[str, Tensor] | None = None
+    gram: Mapping[str, Tensor] | None = None
+    convergence: Mapping[str, Tensor] | None = None
 
     @cached_property
     def gid(self) -> dict[str, float]:
         """Gradient intrinsic dimensionality of each module: `effective_rank` of its spectrum."""
         return {name: effective_rank(values) for name, values in self.singular_values.items()}
+
+    def energy_ranks(self, energy: float = 0.9, *, centred: bool = False) -> dict[str, int]:
+        """Energy rank of each module's batch gradients (GARD 3.2): see `energy_rank`.
+
+        It counts independent batch gradients, at most M; the GID counts directions of one matrix.
+
+        Args:
+            energy: Part of the energy to be held.
+            centred: Of `H C H`, `H = I - 11'/M`, which leaves out the gradients' common mean.
+
+        Raises:
+            ProfileError: The profile holds no Gram matrices.
+        """
+        crossings = self.energy_crossings(energy, centred=centred)
+        return {name: math.ceil(crossing) for name, crossing in crossings.items()}
+
+    def energy_crossings(self, energy: float = 0.9, *, centred: bool = False) -> dict[str, float]:
+        """Fractional energy ranks, which order modules of equal rank: see `energy_crossing`."""
+        if self.gram is None:
+            raise ProfileError(
+                "this profile holds no Gram matrices; profile with statistics=('mean', 'gram')."
+            )
+        grams = {name: centred_gram(c) if centred else c for name, c in self.gram.items()}
+        return {name: energy_crossing(gram_eigenvalues(c), energy) for name, c in grams.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write `profile.json` and the arrays beside it, all or nothing.
@@ -130,9 +181,10 @@ class GradientProfile:
             text = json.dumps(asdict(document), indent=2, allow_nan=False)
             (new / PROFILE_FILE).write_text(text + "\n", encoding="utf-8")
             save_file(dict(self.singular_values), new / _SPECTRA_FILE)
-            if self.gradients is not None:
-                contiguous = {name: g.contiguous() for name, g in self.gradients.items()}
-                save_file(contiguous, new / _GRADIENTS_FILE)
+            for file, arrays in self._optional_arrays().items():
+                if arrays is not None:
+                    contiguous = {name: array.contiguous() for name, array in arrays.items()}
+                    save_file(contiguous, new / file)
 
     @classmethod
     def load(cls, folder: str | Path) -> GradientProfile:
@@ -147,23 +199,26 @@ class GradientProfile:
         document = parse_json(
             text, _ProfileDocument, path=path, what="profile", version=SCHEMA_VERSION
         )
-        spectra = read_tensors(folder / _SPECTRA_FILE, "spectra")
-        expected = {name: (m.shape.max_rank,) for name, m in document.modules.items()}
-        _check_arrays(spectra, expected, folder / _SPECTRA_FILE)
-        for name, values in spectra.items():
-            if bool((values < 0).any()):
-                raise FileError(
-                    f"{folder / _SPECTRA_FILE}: array of module {name} has a negative singular "
-                    "value; profile again."
-                )
-        gradients = None
-        if (folder / _GRADIENTS_FILE).exists():
-            gradients = read_tensors(folder / _GRADIENTS_FILE, "gradients")
-            expected_2d = {name: (m.d_out, m.d_in) for name, m in document.modules.items()}
-            _check_arrays(gradients, expected_2d, folder / _GRADIENTS_FILE)
-            gradients = {name: gradients[name] for name in document.modules}
-        ordered = {name: spectra[name] for name in document.modules}
-        return cls(document.modules, ordered, document.provenance, gradients)
+        modules, n = document.modules, document.provenance.batches
+        spectra = _read(
+            folder / _SPECTRA_FILE, {k: (m.shape.max_rank,) for k, m in modules.items()}
+        )
+        _check_sign(spectra, folder / _SPECTRA_FILE, "singular value")
+        shapes = {name: (m.d_out, m.d_in) for name, m in modules.items()}
+        gradients = _read_if_there(folder / _GRADIENTS_FILE, shapes)
+        gram = _read_if_there(folder / _GRAM_FILE, dict.fromkeys(modules, (n, n)))
+        _check_symmetry(gram or {}, folder / _GRAM_FILE)
+        curve = dict.fromkeys(modules, (len(prefixes(n)),))
+        convergence = _read_if_there(folder / _CONVERGENCE_FILE, curve)
+        _check_sign(convergence or {}, folder / _CONVERGENCE_FILE, "dimension")
+        return cls(modules, spectra, document.provenance, gradients, gram, convergence)
+
+    def _optional_arrays(self) -> dict[str, Mapping[str, Tensor] | None]:
+        return {
+            _GRADIENTS_FILE: self.gradients,
+            _GRAM_FILE: self.gram,
+            _CONVERGENCE_FILE: self.convergence,
+        }
 
     def __str__(self) -> str:
         p = self.provenance
@@ -171,8 +226,44 @@ class GradientProfile:
         caption = (
             f"{len(self.modules)} modules; N = {p.batches} batches, {p.tokens} tokens, {p.dtype}"
         )
+        without = sum(not entry.has_gradient for entry in self.modules.values())
+        if without:
+            caption += f"; {without} modules without gradient"
+        if p.dropped_batches:
+            caption += f"; {len(p.dropped_batches)} batches dropped for a NaN or an infinity"
         cells = {name: f"{value:.1f}" for name, value in self.gid.items()}
         return layer_table(cells, title=title, caption=caption)
+
+
+def centred_gram(gram: Tensor) -> Tensor:
+    """`H C H` with `H = I - 11'/M`: the Gram matrix of the gradients less their plain mean."""
+    return gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def _read(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    arrays = read_tensors(path, path.stem)
+    _check_arrays(arrays, expected, path)
+    return {name: arrays[name] for name in expected}
+
+
+def _read_if_there(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    return _read(path, expected) if path.exists() else None
+
+
+def _check_sign(arrays: Mapping[str, Tensor], path: Path, what: str) -> None:
+    for name, values in arrays.items():
+        if bool((values < 0).any()):
+            raise FileError(f"{path}: array of module {name} has a negative {what}; profile again.")
+
+
+def _check_symmetry(grams: Mapping[str, Tensor], path: Path) -> None:
+    for name, gram in grams.items():
+        slack = 1e-9 * float(gram.abs().max())
+        if float((gram - gram.T).abs().max()) > slack or float(gram.diagonal().min()) < 0:
+            raise FileError(
+                f"{path}: array of module {name} is no Gram matrix: it is not symmetric or has a "
+                "negative square; profile again."
+            )
 
 
 def _check_arrays(

@@ -2,70 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.errors import ProfileError
+from rankwise.profiling.staging import GradientSum, KeptGradients, wide_dtype
+
+Statistic = Literal["mean", "gram", "fisher", "convergence"]
+"""What a profile can hold: see `profile_gradients`."""
 
 
-class MeanGradient:
-    """Mean of `dL/dW` over all labelled items of all batches, one fp32 matrix per module.
+@dataclass(frozen=True)
+class ModuleResult:
+    """What the batches said about one module.
 
-    `G = sum_b n_b G_b / sum_b n_b` with `G_b = sum_t g_t x_t'` the gradient of the mean loss of
-    batch b over its `n_b` labelled items (RaLoRA Algorithm 1, weighted so that unequal batches
-    count by their items). Products and sums are fp32 or wider: in fp16 a gradient of 1e-4 loses
-    most of its entries.
+    Attributes:
+        gradient: Mean gradient `(d_out, d_in)`, fp32 or wider; None if no batch reached it.
+        rows: Input rows (tokens, padding included) it saw.
+        batches: Batches that reached it.
+        zero_batches: Those of them whose gradient was exactly zero.
+        gram: `C_ab = <G_a, G_b> / M` over all M batches, fp64 on the CPU, if asked for.
+        fisher: Mean over samples and entries of squared per-sample gradients, if asked for.
+        gids: GID of the mean over the first 1, 2, 4, ..., N batches, if asked for.
     """
 
-    def __init__(self, modules: Iterable[str]) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = dict.fromkeys(modules, 0)
-        """Input rows (tokens) seen per module."""
-        self.batches: dict[str, int] = dict.fromkeys(self.rows, 0)
-        """Batches that reached each module."""
-        self.total_count = 0
-        """Labelled items over all batches."""
-        self._count = 0
-        self._index = -1
-        self._reached: set[str] = set()
+    gradient: Float[Tensor, "d_out d_in"] | None
+    rows: int
+    batches: int
+    zero_batches: int
+    gram: Float[Tensor, "m m"] | None
+    fisher: float | None
+    gids: list[float]
 
-    def begin_batch(self, count: int, *, index: int) -> None:
-        """Start a batch, the loader's `index`-th, whose loss is a mean over `count` items."""
-        self._count = count
-        self._index = index
-        self._reached.clear()
 
-    def consume(self, name: str, x: Float[Tensor, "t d_in"], g: Float[Tensor, "t d_out"]) -> None:
-        """Add one use of a module; a module used several times in a forward adds up.
+@dataclass
+class _Module:
+    stream: GradientSum | KeptGradients
+    rows: int = 0
+    batches: int = 0
+    zero_batches: int = 0
+    square_sum: float = 0.0  # of per-sample gradients, over samples and entries
+    entries: int = 0  # of the weight
 
-        Raises:
-            ProfileError: The input or the gradient holds a NaN or an infinity.
-        """
-        if not (torch.isfinite(g).all() and torch.isfinite(x).all()):
-            raise ProfileError(
-                f"non-finite gradient in module {name}, batch {self._index}: check that batch, or "
-                "profile in float32 or bfloat16 instead of float16."
-            )
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(g.shape[1], x.shape[1], dtype=wide, device=g.device)
-        self._sums[name].addmm_(g.to(wide).T, x.to(wide), alpha=self._count)
-        self.rows[name] += x.shape[0]
-        self._reached.add(name)
 
-    def end_batch(self) -> None:
-        """Count the batch for every module it reached."""
-        self.total_count += self._count
-        for name in self._reached:
-            self.batches[name] += 1
+@dataclass
+class _Staged:
+    """What the running batch will add to a module if it counts."""
 
-    def pop(self, name: str) -> Float[Tensor, "d_out d_in"] | None:
-        """The mean gradient of a module, giving up its memory; None if no batch reached it."""
-        total = self._sums.pop(name, None)
-        return None if total is None else total.div_(self.total_count)
+    rows: int = 0
+    is_zero: bool = True
+    uses: list[tuple[Tensor, Tensor]] | None = None
+
+
+class StreamingStatistics:
+    """The statistics of several modules, batch by batch.
+
+    Mean gradient: `G = sum_b n_b G_b / sum_b n_b` with `G_b = sum_t g_t x_t'` the gradient of the
+    mean loss of batch b over its `n_b` labelled items (RaLoRA Algorithm 1, weighted so that unequal
+    batches count by their items). Gram matrix: `<G_a, G_b> / M`, each batch as it is (GARD 3.2).
+    Products and sums are fp32 or wider: in fp16 a gradient of 1e-4 loses most of its entries.
+
+    A batch with a NaN or an infinity anywhere counts for no module. What that needs is held per
+    module until the batch is over: the smaller of its input and output gradient and one matrix of
+    the weight's size; with `"fisher"` the input and output gradient in any case.
+    """
+
+    def __init__(self, modules: Iterable[str], wanted: Iterable[Statistic] = ()) -> None:
+        self._wanted = frozenset(wanted)
+        stream = KeptGradients if "gram" in self._wanted else GradientSum
+        convergence = "convergence" in self._wanted
+        self._modules = {name: _Module(stream(convergence=convergence)) for name in modules}
+        self._samples = 0
+        self._staged: dict[str, _Staged] = {}
+        self._items = 0
+        self._batch_rows = 0
+        self._spoiled: str | None = None
+
+    def begin_batch(self, items: int, rows: int) -> None:
+        """Start a batch of `rows` samples whose loss is a mean over `items` labelled items."""
+        self._items = items
+        self._batch_rows = rows
+        self._staged = {}
+        self._spoiled = None
+
+    def consume(
+        self, name: str, x: Float[Tensor, "*rows d_in"], g: Float[Tensor, "*rows d_out"]
+    ) -> None:
+        """Add one use of a module; a module used several times in a forward adds up."""
+        if self._spoiled is not None or not x.numel():
+            return
+        peak_x, peak_g = _peak(x), _peak(g)
+        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        largest = peak_x * peak_g * len(flat_x) * self._items
+        if not largest < torch.finfo(wide_dtype(x.dtype)).max:  # a NaN, an infinity, an overflow
+            self._spoiled = name
+            return
+        staged = self._staged.setdefault(name, _Staged())
+        staged.rows += len(flat_x)
+        if "fisher" in self._wanted:
+            _check_samples(name, x, self._batch_rows)
+            staged.uses = [*(staged.uses or ()), (x, g)]
+        if largest:
+            staged.is_zero = False
+            self._modules[name].stream.add(flat_x, flat_g, self._items)
+
+    def spoil(self, name: str) -> None:
+        """Let the running batch be dropped, for the sake of `name` unless a module was first."""
+        self._spoiled = self._spoiled or name
+
+    def end_batch(self) -> str | None:
+        """Let the batch count, or drop it and return the module that holds a NaN or infinity."""
+        if self._spoiled is not None:
+            self.drop_batch()
+            return self._spoiled
+        for name, module in self._modules.items():
+            module.stream.keep(self._items)
+            staged = self._staged.pop(name, None)
+            if staged is None:
+                continue
+            module.rows += staged.rows
+            module.batches += 1
+            module.zero_batches += staged.is_zero
+            if staged.uses is not None:
+                x, g = staged.uses[0]
+                module.entries = x.shape[-1] * g.shape[-1]
+                squares = sample_square_norms(staged.uses)
+                module.square_sum += float(squares.sum()) * self._items**2
+        self._samples += self._batch_rows
+        return None
+
+    def drop_batch(self) -> None:
+        """Forget the batch for every module."""
+        self._staged = {}
+        for module in self._modules.values():
+            module.stream.drop()
+
+    def pop(self, name: str) -> ModuleResult:
+        """The statistics of a module, giving up its memory."""
+        module = self._modules.pop(name)
+        gradient, gram, gids = module.stream.finish()
+        fisher = None
+        if "fisher" in self._wanted:
+            fisher = module.square_sum / (max(self._samples, 1) * max(module.entries, 1))
+        return ModuleResult(
+            gradient, module.rows, module.batches, module.zero_batches, gram, fisher, gids
+        )
+
+
+def sample_square_norms(uses: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, " samples"]:
+    """`||sum_t g_t x_t'||_F^2` of every sample, over all uses of a module, in fp64.
+
+    Through the products of token pairs, `sum_ts (x_t . x_s)(g_t . g_s)`, where samples are short,
+    else sample by sample.
+
+    Args:
+        uses: Pairs `x (samples, ..., d_in)`, `g (samples, ..., d_out)`.
+    """
+    samples = len(uses[0][0])
+    wide = wide_dtype(uses[0][0].dtype)
+    x = torch.cat([x.reshape(samples, -1, x.shape[-1]) for x, _ in uses], 1).to(wide)
+    g = torch.cat([g.reshape(samples, -1, g.shape[-1]) for _, g in uses], 1).to(wide)
+    peak_x, peak_g = _peak(x), _peak(g)
+    if not peak_x * peak_g:
+        return torch.zeros(samples, dtype=torch.float64)
+    x, g = x / peak_x, g / peak_g  # squares of small gradients underflow
+    tokens, d_in, d_out = x.shape[1], x.shape[2], g.shape[2]
+    if tokens * (d_in + d_out) < d_in * d_out:
+        squares = ((x @ x.mT) * (g @ g.mT)).sum((1, 2)).clamp_min(0).cpu().double()
+    else:
+        norms = [torch.linalg.matrix_norm(g[i].T @ x[i]) for i in range(samples)]
+        squares = torch.stack(norms).cpu().double() ** 2
+    return squares * (peak_x * peak_g) ** 2
 
 
 def sensitivity(
@@ -77,3 +190,17 @@ def sensitivity(
     of weights when every weight is set to zero.
     """
     return float((weight.to(gradient.dtype) * gradient).abs().mean(dtype=torch.float64))
+
+
+def _peak(tensor: Tensor) -> float:
+    """The largest absolute value; NaN if there is one, in a single pass without a copy."""
+    return float(torch.linalg.vector_norm(tensor, math.inf))
+
+
+def _check_samples(name: str, x: Tensor, rows: int) -> None:
+    if x.ndim < 2 or x.shape[0] != rows:
+        raise ProfileError(
+            f"statistics='fisher': the input of module {name} has shape {tuple(x.shape)} in a "
+            f"batch of {rows} samples; its first axis must be the samples. Leave the module out "
+            "of targets, or 'fisher' out of statistics."
+        )

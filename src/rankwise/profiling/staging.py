@@ -1,0 +1,209 @@
+"""One module's batch gradients: summed as they come, or kept for their Gram matrix.
+
+A batch counts for every module or for none, and whether it counts is known only when its backward
+pass is over. Until then its contribution is staged: as the factors `x (T, d_in)`, `g (T, d_out)`
+where they are smaller than the product `g' x (d_out, d_in)`, else as the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rankwise.spectra import effective_rank, singular_values
+
+_BLOCK = 2**22
+"""Entries of the block of all batches' gradient rows that a Gram matrix is summed over."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class BatchGradient:
+    """`G_b = sum_t g_t x_t'` of one module and batch, as factors while those are smaller."""
+
+    def __init__(self) -> None:
+        self._factors: list[tuple[Tensor, Tensor]] = []
+        self._product: Tensor | None = None
+
+    def add(self, x: Float[Tensor, "t d_in"], g: Float[Tensor, "t d_out"]) -> None:
+        """Add one use of the module."""
+        if self._product is None:
+            self._factors.append((x, g))
+            size = sum(a.numel() + b.numel() for a, b in self._factors)
+            if size > x.shape[1] * g.shape[1]:
+                self._product = _product(self._factors)
+                self._factors.clear()
+        else:
+            self._product.addmm_(g.to(self._product.dtype).T, x.to(self._product.dtype))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the batch did not reach the module."""
+        return self._product is None and not self._factors
+
+    def rows(self, start: int, end: int) -> Float[Tensor, "rows d_in"]:
+        """Rows `start` to `end` of the gradient, of a batch that reached the module."""
+        if self._product is not None:
+            return self._product[start:end]
+        return _product([(x, g[:, start:end]) for x, g in self._factors])
+
+
+def _product(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    (x, g), *rest = factors
+    wide = wide_dtype(x.dtype)
+    product = g.to(wide).T @ x.to(wide)
+    for x, g in rest:
+        product.addmm_(g.to(wide).T, x.to(wide))
+    return product
+
+
+class GradientSum:
+    """Running `sum_b n_b G_b` of one module; a batch enters as a whole or not at all.
+
+    A staged product is the new sum itself, beside the old one, so that keeping or dropping a batch
+    costs no pass over memory; at the end of a backward pass, when the activations are gone, there
+    are two sums. The GID of the sum is taken after 1, 2, 4, ... batches if asked for.
+    """
+
+    def __init__(self, *, convergence: bool) -> None:
+        self._convergence = convergence
+        self._total: Tensor | None = None
+        self._staged: Tensor | None = None
+        self._factors: list[tuple[Tensor, Tensor]] = []
+        self._items: list[int] = []
+        self._gids: list[float] = []
+
+    def add(self, x: Float[Tensor, "t d_in"], g: Float[Tensor, "t d_out"], items: int) -> None:
+        """Stage one use of the module in a batch of `items` labelled items."""
+        if self._total is None:
+            wide = wide_dtype(x.dtype)
+            self._total = torch.zeros(g.shape[1], x.shape[1], dtype=wide, device=g.device)
+        held = sum(a.numel() + b.numel() for a, b in self._factors)
+        if self._staged is None and held + x.numel() + g.numel() < self._total.numel():
+            self._factors.append((x, g))
+            return
+        wide = self._total.dtype
+        base = self._total if self._staged is None else self._staged
+        self._staged = torch.addmm(base, g.to(wide).T, x.to(wide), alpha=items)
+
+    def keep(self, items: int) -> None:
+        """Let the staged batch count."""
+        if self._staged is not None:
+            self._total = self._staged
+        for x, g in self._factors:
+            assert self._total is not None
+            self._total.addmm_(g.to(self._total.dtype).T, x.to(self._total.dtype), alpha=items)
+        self.drop()
+        self._items.append(items)
+        if self._convergence and _is_power_of_two(len(self._items)):
+            self._gids.append(_gid(self._total))
+
+    def drop(self) -> None:
+        """Forget the staged batch."""
+        self._staged = None
+        self._factors = []
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, list[float]]:
+        """The mean gradient, no Gram matrix, and the GIDs after `prefixes(N)` batches."""
+        mean = None if self._total is None else self._total.div_(sum(self._items))
+        if self._convergence and not _is_power_of_two(len(self._items)):
+            self._gids.append(_gid(mean))
+        return mean, None, self._gids
+
+
+class KeptGradients:
+    """Every batch gradient of one module, for their exact Gram matrix."""
+
+    def __init__(self, *, convergence: bool) -> None:
+        self._convergence = convergence
+        self._kept: list[BatchGradient] = []
+        self._items: list[int] = []
+        self._shape: tuple[int, int] | None = None
+        self._like = torch.zeros(())
+        self._staged = BatchGradient()
+
+    def add(self, x: Float[Tensor, "t d_in"], g: Float[Tensor, "t d_out"], items: int) -> None:
+        """Stage one use of the module."""
+        self._shape = (g.shape[1], x.shape[1])
+        self._like = torch.zeros((), dtype=wide_dtype(x.dtype), device=g.device)
+        self._staged.add(x, g)
+
+    def keep(self, items: int) -> None:
+        """Let the staged batch count."""
+        self._kept.append(self._staged)
+        self._items.append(items)
+        self._staged = BatchGradient()
+
+    def drop(self) -> None:
+        """Forget the staged batch."""
+        self._staged = BatchGradient()
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, list[float]]:
+        """The mean gradient, `C_ab = <G_a, G_b> / M` in fp64, and the GIDs of the prefixes.
+
+        The gradients meet a few rows of all batches at a time; each row's products are in the
+        gradients' dtype, after scaling, and their sum is in fp64.
+        """
+        m = len(self._kept)
+        counts = prefixes(m) if self._convergence else [m]
+        gram = torch.zeros(m, m, dtype=torch.float64)
+        if self._shape is None:
+            return None, gram, [0.0] * (len(counts) if self._convergence else 0)
+        d_out, d_in = self._shape
+        weights = self._prefix_weights(counts)
+        means = self._like.new_empty(len(counts), d_out, d_in)
+        step = max(_BLOCK // (m * d_in), 1)
+        for start in range(0, d_out, step):
+            end = min(start + step, d_out)
+            block = self._like.new_zeros(end - start, m, d_in)
+            for b, kept in enumerate(self._kept):
+                if not kept.is_empty:
+                    block[:, b] = kept.rows(start, end)
+            means[:, start:end] = (weights @ block).transpose(0, 1)
+            gram += _gram_of_rows(block)
+        gids = [_gid(mean) for mean in means] if self._convergence else []
+        return means[-1].clone(), gram / m, gids
+
+    def _prefix_weights(self, counts: Sequence[int]) -> Float[Tensor, "prefixes m"]:
+        weights = self._like.new_zeros(len(counts), len(self._items))
+        for row, n in enumerate(counts):
+            items = self._like.new_tensor(self._items[:n], dtype=weights.dtype)
+            weights[row, :n] = items / sum(self._items[:n])
+        return weights
+
+
+def _gram_of_rows(block: Float[Tensor, "rows m d_in"]) -> Float[Tensor, "m m"]:
+    """`sum_r block_r block_r'` in fp64, scaled first: squares of small gradients underflow."""
+    peak = block.abs().amax()
+    if not float(peak):
+        return torch.zeros(block.shape[1], block.shape[1], dtype=torch.float64)
+    scaled = block / peak
+    products = scaled @ scaled.mT
+    if products.device.type == "mps":  # it has no fp64
+        products = products.cpu()
+    return (products.sum(0, dtype=torch.float64) * peak.double() ** 2).cpu()
+
+
+def prefixes(batches: int) -> list[int]:
+    """Where convergence is looked at: after 1, 2, 4, ... batches, and after all of them.
+
+    Example:
+        >>> prefixes(6)
+        [1, 2, 4, 6]
+    """
+    powers = [2**i for i in range(batches.bit_length()) if 2**i < batches]
+    return [*powers, batches]
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def _gid(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else effective_rank(singular_values(gradient))
