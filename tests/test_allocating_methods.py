@@ -15,7 +15,7 @@ from peft import get_peft_model
 
 from rankwise.curve import budget_curve
 from rankwise.errors import PlanError
-from rankwise.methods import METHODS, LoraGid, LsLora, RaLoraPro, WaterFill
+from rankwise.methods import METHODS, Gard, LoraGid, LsLora, RaLoraPro, WaterFill
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from tiny_folder import save_tiny_llama
@@ -104,7 +104,10 @@ class TestWaterFill:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_plans_a_measured_model(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
-    profile = profile_gradients(model, [token_batch([9, 7])], batches=1, progress=False)
+    batches = [token_batch([9, 7], seed=seed) for seed in range(3)]
+    profile = profile_gradients(
+        model, batches, batches=3, statistics=METHODS[name].statistics, progress=False
+    )
     plan = METHODS[name](r=2).plan(profile)
     plan.check_fits(model)
     plan.save(tmp_path / "plan.json")
@@ -206,3 +209,79 @@ def test_diff_of_two_plans() -> None:
     assert one.diff(one).startswith("the same adapters in all 3 modules")
     left_out = WaterFill(r=1).plan(with_spectra({"a": [1.0], "b": [9.0], "c": [0.0]}))
     assert math.isclose(left_out.parameters, 576, rel_tol=0.5)
+
+
+def with_grams(spectra: dict[str, list[float]]) -> GradientProfile:
+    """Gram matrices with the given eigenvalues, four batches."""
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    grams = {
+        name: rotation @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ rotation.T
+        for name, values in spectra.items()
+    }
+    return replace(synthetic_profile(SHAPES), gram=grams)
+
+
+class TestGard:
+    def test_ranks_follow_the_energy_rank(self) -> None:
+        # energy ranks 1, 4 and 2 at 0.9; LoRA r = 4 has 4 * 576 = 2,304 parameters
+        profile = with_grams({"a": [9.9, 0.1, 0, 0], "b": [1, 1, 1, 1], "c": [1, 1, 0, 0]})
+        assert profile.energy_ranks() == {"a": 1, "b": 4, "c": 2}
+        plan = Gard(r=4).plan(profile)
+        assert plan.budget == 2304
+        assert plan.budget - plan.parameters < 128
+        assert ranks(plan)["a"] < ranks(plan)["c"] < ranks(plan)["b"]
+        # literally: the largest c whose rounded ranks fit, found by scanning
+        best: dict[str, int] = {}
+        for step in range(2000):
+            c = step / 100
+            tried = {
+                name: min(max(math.floor(1 + c * e / 7 + 0.5), 1), 32)
+                for name, e in {"a": 1, "b": 4, "c": 2}.items()
+            }
+            if 128 * tried["a"] + 320 * tried["b"] + 128 * tried["c"] <= 2304:
+                best = tried
+        assert all(0 <= ranks(plan)[name] - rank <= 2 for name, rank in best.items())
+
+    def test_ties_go_by_the_crossing_then_the_trace(self) -> None:
+        spread = {"a": [5, 5, 0, 0], "b": [1, 1, 1, 1], "c": [9, 5, 0, 0]}
+        profile = with_grams({name: [float(v) for v in values] for name, values in spread.items()})
+        crossings = profile.energy_crossings()
+        assert profile.energy_ranks()["a"] == profile.energy_ranks()["c"] == 2
+        assert crossings["c"] < crossings["a"]
+        # one rank more than a tie: it goes to the larger crossing, although c has more energy
+        even = Gard(r=1, budget=320 + 3 * 128, r_max=2).plan(profile)
+        assert (ranks(even)["a"], ranks(even)["c"]) == (2, 1)
+        louder = with_grams({"a": [1.0, 1, 0, 0], "b": [1.0, 1, 1, 1], "c": [2.0, 2, 0, 0]})
+        assert louder.energy_crossings()["a"] == pytest.approx(louder.energy_crossings()["c"])
+
+    def test_an_exact_budget_of_2570(self) -> None:
+        """2,570 = 2 * 5 * 257: five ranks of modules that cost 514."""
+        shapes = {name: (257, 257) for name in "abc"}
+        profile = replace(
+            synthetic_profile(shapes), gram={name: torch.eye(4).double() for name in "abc"}
+        )
+        plan = Gard(r=1, budget=2570, r_max=4).plan(profile)
+        assert plan.parameters == plan.budget == 2570
+        assert ranks(plan) == {"a": 2, "b": 2, "c": 1}
+
+    def test_a_profile_without_grams_is_refused(self) -> None:
+        with pytest.raises(PlanError, match=r"gard needs the Gram matrices .*--statistics gram"):
+            Gard().plan(synthetic_profile(SHAPES))
+
+    def test_an_infeasible_budget_states_the_range(self) -> None:
+        profile = with_grams({name: [1.0, 0, 0, 0] for name in SHAPES})
+        with pytest.raises(PlanError, match=r"take from 576 to"):
+            Gard(budget=575).plan(profile)
+
+    @pytest.mark.parametrize(
+        "options", [{"energy": 0}, {"energy": 1.0}, {"energy": math.nan}, {"budget": 0}]
+    )
+    def test_bad_options(self, options: dict[str, float]) -> None:
+        with pytest.raises(PlanError, match=next(iter(options))):
+            Gard(**options)
+
+    def test_cheap_modules_are_not_passed_over(self) -> None:
+        profile = with_grams({name: [1.0, 1, 0, 0] for name in SHAPES})
+        plain, weighted = Gard(r=8).plan(profile), Gard(r=8, per_cost=True).plan(profile)
+        assert ranks(plain)["a"] == pytest.approx(ranks(plain)["b"], abs=1)
+        assert ranks(weighted)["a"] > ranks(weighted)["b"] + 2

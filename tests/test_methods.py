@@ -223,6 +223,7 @@ class TestOptions:
             "lora",
             "lora-gid",
             "ls-lora",
+            "gard",
             "water-fill",
             "ralora",
             "ralora-pro",

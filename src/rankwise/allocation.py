@@ -104,14 +104,16 @@ def proportional_ranks(
     *,
     offset: int = 0,
     rounding: Literal["floor", "nearest"] = "floor",
+    ties: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, int]:
     """Ranks proportional to weights, within a parameter budget that is never exceeded.
 
     `r_l = clip(round(offset + c w_l))` with the largest `c` for which
     `sum_l r_l (d_in + d_out) <= budget`; what rounding left over is then handed out one rank at a
     time to the module that rounding cut most, `(offset + c w_l - r_l) / (d_in + d_out)`, ties by
-    name, until no module that may still grow is affordable. GARD takes `offset = r_min` and rounds
-    to nearest (GARD section 3.2); RaLoRA-Pro's exact budget keeps the floor of its Eq. 8.
+    `ties` and then by name, until no module that may still grow is affordable. GARD takes
+    `offset = r_min` and rounds to nearest (GARD section 3.2); RaLoRA-Pro's exact budget keeps the
+    floor of its Eq. 8.
 
     A module of weight zero grows only when all others are full.
 
@@ -122,6 +124,7 @@ def proportional_ranks(
         limits: `(smallest, largest)` rank per module.
         offset: Real rank of a module of weight zero.
         rounding: How real ranks become whole.
+        ties: Numbers per module that decide between equal claims, the larger first.
 
     Raises:
         PlanError: A weight is missing, negative or not finite, or the budget cannot pay for the
@@ -158,7 +161,7 @@ def proportional_ranks(
         wanted = np.full(len(names), even)
     ranks = dict(zip(names, found.tolist(), strict=True))
     priority = dict(zip(names, wanted.tolist(), strict=True))
-    _hand_out(ranks, costs, limits, budget, lambda n: (priority[n] - ranks[n]) / costs[n])
+    _hand_out(ranks, costs, limits, budget, lambda n: (priority[n] - ranks[n]) / costs[n], ties)
     return {name: ranks[name] for name in costs}
 
 
@@ -292,19 +295,25 @@ def _hand_out(
     limits: Limits,
     budget: int,
     priority: Callable[[str], float],
+    ties: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Spend what is left, one rank at a time, by priority and then by name."""
+    """Spend what is left, one rank at a time, by priority, then by `ties`, then by name."""
+    then = {name: tuple(-tie for tie in ties[name]) if ties else () for name in ranks}
     left = budget - parameters(ranks, costs)
-    queue = [(-priority(name), name) for name, rank in ranks.items() if rank < limits[name][1]]
+    queue = [
+        (-priority(name), then[name], name)
+        for name, rank in ranks.items()
+        if rank < limits[name][1]
+    ]
     heapq.heapify(queue)
     while queue:
-        _, name = heapq.heappop(queue)
+        _, _, name = heapq.heappop(queue)
         if costs[name] > left:
             continue  # what is left only shrinks, so this module is done
         ranks[name] += 1
         left -= costs[name]
         if ranks[name] < limits[name][1]:
-            heapq.heappush(queue, (-priority(name), name))
+            heapq.heappush(queue, (-priority(name), then[name], name))
 
 
 def block_count(erank: float, rank: int, n_max: int) -> int:

@@ -73,6 +73,12 @@ def profile(
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="More to measure, separated by commas: gram (for gard), fisher, convergence."
+        ),
+    ] = "",
 ) -> None:
     """Measure the gradients of every layer on your data, without training.
 
@@ -101,7 +107,11 @@ def profile(
     network, tokenizer = load_model(config.model, config.dtype)
     tokens = load_token_data(config.data, tokenizer, seed=seed)
     measured = profile_gradients(
-        network, tokens.loader(batch_size, seed=seed), config.targets, batches=batches
+        network,
+        tokens.loader(batch_size, seed=seed),
+        config.targets,
+        batches=batches,
+        statistics=["mean", *filter(None, statistics.split(","))],  # type: ignore[list-item]
     )
     measured.save(out)
     _out.print(str(measured))
@@ -117,7 +127,7 @@ def plan(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(help="lora, lora-gid, ls-lora, water-fill, ralora or ralora-pro."),
+        typer.Option(help="lora, lora-gid, ls-lora, gard, water-fill, ralora or ralora-pro."),
     ] = "ralora-pro",
     out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,
     curve: Annotated[

@@ -9,6 +9,7 @@ import numpy as np
 
 from rankwise.allocation import parameters, rank_limits, water_filling_ranks
 from rankwise.errors import PlanError
+from rankwise.methods.base import caps_of, costs_of, energies_of
 from rankwise.profiling import GradientProfile
 from rankwise.tables import make_table, render
 
@@ -94,9 +95,7 @@ def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -
     Raises:
         PlanError: No rank is given, or one is not positive.
     """
-    costs = {name: module.shape.rank_cost for name, module in profile.modules.items()}
-    caps = {name: module.shape.max_rank for name, module in profile.modules.items()}
-    energies = {name: values.numpy() ** 2 for name, values in profile.singular_values.items()}
+    costs, caps, energies = costs_of(profile), caps_of(profile), energies_of(profile)
     kept = {name: np.cumsum(energy) for name, energy in energies.items()}
     total = sum(float(energy[-1]) for energy in kept.values())
     if ranks is None:

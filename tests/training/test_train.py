@@ -41,7 +41,7 @@ def config(place: Path, output: Path, **changes: object) -> RunConfig:
     return RunConfig.model_validate(document | changes)
 
 
-@pytest.mark.parametrize("method", ["lora", "ralora", "ralora-pro"])
+@pytest.mark.parametrize("method", ["lora", "gard", "ralora", "ralora-pro"])
 def test_a_run_learns_and_leaves_everything(place: Path, tmp_path: Path, method: str) -> None:
     run = train(config(place, tmp_path / "run", method={"name": method, "r": 2}))
     record = RunRecord.load(tmp_path / "run/record.json")

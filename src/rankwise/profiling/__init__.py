@@ -3,6 +3,7 @@
 from rankwise.profiling.loss import BatchLoss, LossFunction, model_loss
 from rankwise.profiling.measure import profile_gradients
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
+from rankwise.profiling.statistics import Statistic
 
 __all__ = [
     "BatchLoss",
@@ -10,6 +11,7 @@ __all__ = [
     "LossFunction",
     "ModuleStatistics",
     "ProfileProvenance",
+    "Statistic",
     "model_loss",
     "profile_gradients",
 ]

@@ -56,7 +56,7 @@ class DataConfig(_Section):
 class ProfileConfig(_Section):
     """How gradients are measured before training; ignored by methods that need no profile."""
 
-    batches: int = Field(default=8, ge=1)
+    batches: int | None = Field(default=None, ge=1, description="default: 8, and 32 for gard")
     batch_size: int | None = Field(default=None, ge=1, description="default: training.batch_size")
     train_mode: bool = Field(default=False, description="profile with dropout on")
 

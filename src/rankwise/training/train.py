@@ -170,13 +170,15 @@ def make_plan(
     if profile is None:
         settings = config.profile
         size = settings.batch_size or config.training.batch_size
-        say(f"measuring gradients over {settings.batches} batches of {size}")
+        batches = settings.batches or method.profile_batches
+        say(f"measuring gradients over {batches} batches of {size}")
         profile = profile_gradients(
             model,
             data.loader(size, seed=config.seed),
             config.targets,
-            batches=settings.batches,
+            batches=batches,
             train_mode=settings.train_mode,
+            statistics=method.statistics,
         )
     return method.plan(profile), profile
 

@@ -1,0 +1,40 @@
+"""The methods, one row each: which statistic, which estimator, which rule, which adapter.
+
+| method | statistic | estimator | rule | adapter |
+|---|---|---|---|---|
+| `Lora` | none | none | uniform rank | LoRA |
+| `LoraGid` | mean gradient | effective rank | rank = GID, or GID in a budget | LoRA |
+| `LsLora` | sensitivity | none | ranks by sensitivity | LoRA |
+| `Gard` | Gram matrix of batch gradients | energy rank | ranks proportional to it | LoRA |
+| `WaterFill` | mean gradient | singular values | most energy per parameter | LoRA |
+| `RaLora` | mean gradient | effective rank | uniform rank, blocks by GID | block-diagonal |
+| `RaLoraPro` | both | effective rank | ranks by sensitivity, blocks by GID | block-diagonal |
+
+A method is a frozen set of options; `plan(profile)` turns measured gradients into a `RankPlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rankwise.methods.base import Method
+from rankwise.methods.sensitivity import LsLora, RaLoraPro
+from rankwise.methods.spectral import Gard, LoraGid, WaterFill
+from rankwise.methods.uniform import Lora, RaLora
+
+__all__ = [
+    "METHODS",
+    "Gard",
+    "Lora",
+    "LoraGid",
+    "LsLora",
+    "Method",
+    "RaLora",
+    "RaLoraPro",
+    "WaterFill",
+]
+
+METHODS: Mapping[str, type[Method]] = {
+    cls.name: cls for cls in (Lora, LoraGid, LsLora, Gard, WaterFill, RaLora, RaLoraPro)
+}
+"""Every method by the name the configuration files use."""

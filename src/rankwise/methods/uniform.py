@@ -1,0 +1,95 @@
+"""One rank everywhere: plain LoRA, and RaLoRA, which splits it into blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rankwise.allocation import block_count, dividing_blocks
+from rankwise.errors import PlanError
+from rankwise.methods.base import Method, check_positive_int, check_rank_fits, shapes_of
+from rankwise.plan import AdapterKind, RankPlan
+from rankwise.profiling import GradientProfile
+from rankwise.targets import LinearShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lora(Method):
+    """Plain LoRA: `delta_W = (alpha / r) B A`, one rank everywhere (Hu et al. 2022)."""
+
+    name: ClassVar[str] = "lora"
+    adapter: ClassVar[AdapterKind] = "lora"
+    needs_profile: ClassVar[bool] = False
+
+    def plan(self, profile: GradientProfile | Mapping[str, LinearShape]) -> RankPlan:
+        """One rank for every module; a profile is not needed, `find_targets(model)` will do.
+
+        Args:
+            profile: A profile, or a mapping from module name to shape.
+
+        Raises:
+            PlanError: r exceeds a module's smaller dimension.
+        """
+        measured = profile if isinstance(profile, GradientProfile) else None
+        shapes = shapes_of(profile)
+        check_rank_fits(self.r, shapes)
+        budget = self.r * sum(shape.rank_cost for shape in shapes.values())
+        return self._assemble(
+            shapes, dict.fromkeys(shapes, self.r), profile=measured, budget=budget
+        )
+
+
+@dataclass(frozen=True)
+class RaLora(Method):
+    """RaLoRA: LoRA's rank and size, split into as many diagonal blocks as the GID asks for.
+
+    `delta_W = (alpha / r) blockdiag(B_1 A_1, ..., B_n A_n)` with
+    `n = 2^clip(floor(log2(erank(G) / r)), 0, log2 n_max)` (RaLoRA section 3.3, Eq. 4): up to rank
+    `n r` with the parameters `r (d_in + d_out)` of LoRA.
+
+    Attributes:
+        n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
+    """
+
+    name: ClassVar[str] = "ralora"
+    adapter: ClassVar[AdapterKind] = "ralora"
+
+    n_max: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive_int("n_max", self.n_max)
+        if self.n_max & (self.n_max - 1):
+            raise PlanError(
+                f"n_max={self.n_max} must be a power of two (1, 2, 4, 8, ...), because blocks are "
+                "halved until they divide the layer."
+            )
+
+    def plan(self, profile: GradientProfile) -> RankPlan:
+        """Uniform ranks, blocks by GID.
+
+        Raises:
+            PlanError: r exceeds a module's smaller dimension.
+        """
+        shapes = shapes_of(profile)
+        check_rank_fits(self.r, shapes)
+        ranks = dict.fromkeys(shapes, self.r)
+        budget = self.r * sum(shape.rank_cost for shape in shapes.values())
+        blocks = self._blocks(profile, ranks)
+        return self._assemble(shapes, ranks, blocks=blocks, profile=profile, budget=budget)
+
+    def _blocks(self, profile: GradientProfile, ranks: Mapping[str, int]) -> dict[str, int]:
+        blocks: dict[str, int] = {}
+        for name, module in profile.modules.items():
+            wanted = block_count(profile.gid[name], ranks[name], self.n_max)
+            blocks[name] = dividing_blocks(wanted, module.d_in, module.d_out)
+            if blocks[name] != wanted:
+                logger.info(
+                    "%s: %d blocks do not divide %d x %d; %d do",
+                    name, wanted, module.d_out, module.d_in, blocks[name],
+                )  # fmt: skip
+        return blocks
