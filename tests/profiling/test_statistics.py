@@ -218,8 +218,8 @@ class TestConvergence:
         model, batches = model_and_batches("llama")
         profile = measure(model, batches, statistics=statistics)
         assert profile.convergence is not None
-        assert prefixes(len(batches)) == [1, 2, 4, 5]
-        for column, n in enumerate(prefixes(len(batches))):
+        assert profile.convergence_batches == [1, 2, 4, 5]
+        for column, n in enumerate(profile.convergence_batches):
             shorter = measure(model, batches[:n], statistics=())
             for name, gid in shorter.gid.items():
                 assert float(profile.convergence[name][column]) == pytest.approx(gid, rel=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.errors import FileError, ProfileError
 from rankwise.files import new_folder, parse_json, read_tensors, read_text
@@ -127,8 +127,8 @@ class GradientProfile:
         gradients: The mean gradients themselves, fp32 `(d_out, d_in)`, if they were kept.
         gram: Gram matrix `C (M, M)` of each module's batch gradients, `<G_a, G_b> / M`, fp64,
             uncentred, if it was measured.
-        convergence: GID of each module's mean over its first `prefixes(N)` = 1, 2, 4, ..., N
-            batches, if it was measured.
+        convergence: GID of each module's mean over the first 1, 2, 4, ..., N batches
+            (`convergence_batches`), if it was measured.
     """
 
     modules: Mapping[str, ModuleStatistics]
@@ -142,6 +142,11 @@ class GradientProfile:
     def gid(self) -> dict[str, float]:
         """Gradient intrinsic dimensionality of each module: `effective_rank` of its spectrum."""
         return {name: effective_rank(values) for name, values in self.singular_values.items()}
+
+    @property
+    def convergence_batches(self) -> list[int]:
+        """How many batches each column of `convergence` averages: 1, 2, 4, ..., N."""
+        return prefixes(self.provenance.batches)
 
     def energy_ranks(self, energy: float = 0.9, *, centred: bool = False) -> dict[str, int]:
         """Energy rank of each module's batch gradients (GARD 3.2): see `energy_rank`.
@@ -166,6 +171,26 @@ class GradientProfile:
             )
         grams = {name: centred_gram(c) if centred else c for name, c in self.gram.items()}
         return {name: energy_crossing(gram_eigenvalues(c), energy) for name, c in grams.items()}
+
+    @classmethod
+    def merge(cls, profiles: Sequence[GradientProfile], model: nn.Module) -> GradientProfile:
+        """One profile from those of several shards of the data, as if measured at once.
+
+        Mean gradients are averaged by labelled items, Fisher information by samples, counts added;
+        spectra, norms and sensitivities are computed anew. What pairs batches of different shards
+        is in none of them: Gram matrices and convergence are left out, with a warning. The data
+        fingerprint is that of the shards' fingerprints.
+
+        Args:
+            profiles: At least one, each with `keep_gradients=True`, of the same model and targets.
+            model: The model they were measured on, for the sensitivity.
+
+        Raises:
+            ProfileError: They hold no gradients, or differ in model, modules, dtype or mode.
+        """
+        from rankwise.profiling.merge import merge_profiles
+
+        return merge_profiles(profiles, model)
 
     def save(self, folder: str | Path) -> None:
         """Write `profile.json` and the arrays beside it, all or nothing.

@@ -108,8 +108,8 @@ def sweep_engine(
         ProfileError: See `profile_gradients`.
     """
     stack = _find_stack(job)
+    _check_against_hooks(job, stack, batches)
     with _checkpointing_off(job.model):
-        _check_against_hooks(job, stack, batches)
         left_out: set[int] = set()
         while True:
             try:
@@ -383,10 +383,10 @@ def _compare(job: Job, stack: _Stack, batch: Batch, index: int) -> bool:
     if not (is_finite(loss) and all(map(math.isfinite, by_hooks.size.values()))):
         return False
     start.restore()
-    run, _ = _run_top(job, stack, by_sweep, batch, index)
-    assert run is not None
-    for at in reversed(range(len(stack.layers))):
-        _run_layer(job, stack, at, [run], by_sweep)
+    with _checkpointing_off(job.model):
+        run, _ = _run_top(job, stack, by_sweep, batch, index)
+        for at in reversed(range(len(stack.layers))):
+            _run_layer(job, stack, at, [run] if run else [], by_sweep)
     tolerance = _TOLERANCE.get(next(job.model.parameters()).dtype, _HALF_TOLERANCE)
     name = by_hooks.disagreement(by_sweep, tolerance)
     if name is not None:
