@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 import rankwise.profiling.sweep as sweep_module
 from rankwise.errors import ProfileError
-from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
+from rankwise.profiling import BatchLoss, GradientProfile, model_loss, profile_gradients
+from rankwise.profiling.batches import Job
+from rankwise.profiling.hooks import gram_bytes
 from rankwise.targets import find_targets
 from tiny_models import ARCHITECTURES, Batch, tiny_gpt2, tiny_llama, tiny_t5, token_batch
 
@@ -363,3 +365,18 @@ def test_only_one_layers_gradients_live() -> None:
     assert order[:9] == names + names + names[::-1]
     assert order[9 : 9 + 3 * n] == names * n
     assert order[9 + 3 * n :] == [name for name in names[::-1] for _ in range(n)]
+
+
+def test_memory_of_gram_matrices_by_hooks_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model, batches = model_and_batches("llama")
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        measure(model, batches, targets=["up_proj"], engine="hooks")
+    # 16 x 24 weights, 18 tokens of 40 numbers: two layers, four batches of fp32 gradients
+    assert gram_bytes(job_of(model, ["up_proj"], 4), tokens=18) == 4 * 2 * 4 * 16 * 24
+    assert gram_bytes(job_of(model, ["up_proj"], 4), tokens=3) == 4 * 2 * 4 * 3 * 40
+    assert "keep every layer's gradients of all 4 batches, about 0.0 GB" in caplog.text
+
+
+def job_of(model: nn.Module, targets: Sequence[str], batches: int) -> Job:
+    selected = find_targets(model, targets)
+    return Job(model, selected, model_loss, frozenset(), batches, train_mode=False, progress=False)
