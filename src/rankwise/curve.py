@@ -71,7 +71,8 @@ class BudgetCurve:
         return (
             f"{captured}; doubling it would add {gain * 100:.1f} percentage points, less than the "
             f"{ENOUGH:.0%} that would justify it. Equal ranks at this size capture "
-            f"{knee.uniform:.1%}."
+            f"{knee.uniform:.1%}. Energy says where more rank stops buying a better first step, "
+            "not what the loss will be after training."
         )
 
     def __str__(self) -> str:
