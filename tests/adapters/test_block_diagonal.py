@@ -32,7 +32,7 @@ from contracts import (
 )
 from rankwise import RaLoraConfig
 from rankwise.adapters import RaLoraLinear
-from rankwise.adapters.block_diagonal import block_diagonal_product
+from rankwise.adapters.block_diagonal import add_block_diagonal
 
 ONE_BLOCK = ADAPTERS[0]
 
@@ -156,11 +156,12 @@ class TestFactors:
 @pytest.mark.parametrize("n", [1, 2, 8])
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)], ids=str)
 def test_shapes_are_as_annotated(n: int, batch: tuple[int, ...]) -> None:
-    product = jaxtyped(block_diagonal_product, typechecker=beartype)
+    add = jaxtyped(add_block_diagonal, typechecker=beartype)
     x, a, b = torch.randn(*batch, 8 * n), torch.randn(n, 3, 8), torch.randn(n, 5, 3)
-    assert product(x, a, b).shape == (*batch, 5 * n)
+    result = torch.randn(*batch, 5 * n)
+    assert add(result, x, a, b, 2.0).shape == (*batch, 5 * n)
     with pytest.raises(TypeCheckError):
-        product(x, a, b.transpose(1, 2))
+        add(result, x, a, b.transpose(1, 2), 2.0)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -198,13 +198,16 @@ class RaLoraLinear(DeltaLayer):
         """The dtype of an adapter's factors."""
         return next(self.ralora_A[adapter].parameters()).dtype
 
-    def apply_delta(
-        self, x: Float[Tensor, "*batch d_in"], adapter: str
+    def add_delta(
+        self,
+        result: Float[Tensor, "*batch d_out"],
+        x: Float[Tensor, "*batch d_in"],
+        adapter: str,
     ) -> Float[Tensor, "*batch d_out"]:
-        """`s blockdiag(B_i A_i) x` without forming the matrix."""
-        dropped = self.ralora_dropout[adapter](x)
+        """`result + s blockdiag(B_i A_i) x` without forming the matrix."""
         a, b = self.factors(adapter)
-        return block_diagonal_product(dropped, a, b) * self.scaling[adapter]
+        dropped = self.ralora_dropout[adapter](x)
+        return add_block_diagonal(result, dropped, a, b, self.scaling[adapter])
 
     def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
         """The block-diagonal matrix `s blockdiag(B_i A_i)` in fp32 or wider."""
@@ -231,19 +234,24 @@ class RaLoraModel(DeltaModel):
     tuner_layer_cls = RaLoraLinear
 
 
-def block_diagonal_product(
-    x: Float[Tensor, "*batch d_in"], a: Float[Tensor, "n r k"], b: Float[Tensor, "n ko r"]
+def add_block_diagonal(
+    result: Float[Tensor, "*batch d_out"],
+    x: Float[Tensor, "*batch d_in"],
+    a: Float[Tensor, "n r k"],
+    b: Float[Tensor, "n ko r"],
+    scaling: float,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`blockdiag(b_1 a_1, ..., b_n a_n) x` for `d_in = n k` and `d_out = n ko`.
+    """`result + scaling blockdiag(b_1 a_1, ..., b_n a_n) x` for `d_in = n k` and `d_out = n ko`.
 
-    The intermediate is held rank-major, `(n, r, tokens)`: `A x'` on a strided view of x is faster
-    than `x A'` and copies nothing.
+    The intermediate is held rank-major, `(n, r, tokens)`, because `A x'` on a strided view of x is
+    faster than `x A'` and copies nothing; it is also the smallest place to scale. The blocks of the
+    output are added through a view, so that they are never gathered into a tensor of their own.
     """
     n, _, k = a.shape
-    tokens = x.reshape(-1, n, k)
-    z = torch.bmm(a, tokens.permute(1, 2, 0))
+    z = torch.bmm(a, x.reshape(-1, n, k).permute(1, 2, 0)) * scaling
     y = torch.bmm(z.transpose(1, 2), b.transpose(1, 2))
-    return y.transpose(0, 1).reshape(*x.shape[:-1], n * b.shape[1])
+    blocks = result.reshape(-1, n, b.shape[1])
+    return (blocks + y.transpose(0, 1)).reshape(result.shape)
 
 
 def _longest_match(pattern: Mapping[str, int], module: str, default: int) -> int:

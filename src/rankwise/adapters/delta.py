@@ -50,10 +50,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether this layer carries the named adapter."""
 
     @abstractmethod
-    def apply_delta(
-        self, x: Float[Tensor, "*batch d_in"], adapter: str
+    def add_delta(
+        self,
+        result: Float[Tensor, "*batch d_out"],
+        x: Float[Tensor, "*batch d_in"],
+        adapter: str,
     ) -> Float[Tensor, "*batch d_out"]:
-        """The adapter's contribution `delta_W x`, scaling and dropout included."""
+        """`result + delta_W x`, scaling and dropout included; `result` itself is not changed."""
 
     @abstractmethod
     def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
@@ -83,7 +86,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if self.has_adapter(adapter):
                 cast = self._cast_input_dtype(x, self.factor_dtype(adapter))
-                result = result + self.apply_delta(cast, adapter)
+                result = self.add_delta(result, cast, adapter)
         return result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
