@@ -115,6 +115,8 @@ def profile(
     )
     measured.save(out)
     _out.print(str(measured))
+    if measured.convergence is not None:
+        _out.print(measured.convergence_verdict())
     _err.print(f"profile saved to {out}; next: rankwise plan {out}")
 
 

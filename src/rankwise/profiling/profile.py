@@ -24,6 +24,8 @@ from rankwise.targets import LinearShape
 
 SCHEMA_VERSION = 2
 PROFILE_FILE = "profile.json"
+SETTLED = 0.1
+"""Largest change of the mean GID in the last doubling of a profile that is big enough."""
 _SPECTRA_FILE = "spectra.safetensors"
 _GRADIENTS_FILE = "gradients.safetensors"
 _GRAM_FILE = "gram.safetensors"
@@ -191,6 +193,31 @@ class GradientProfile:
         from rankwise.profiling.merge import merge_profiles
 
         return merge_profiles(profiles, model)
+
+    def convergence_verdict(self) -> str:
+        """Whether more batches would still change the GIDs much, in words.
+
+        The mean GID over modules after 1, 2, 4, ..., N batches; it is settled when the last
+        doubling changed it by less than `SETTLED`. A random gradient's GID grows with every batch,
+        so a profile that is not settled measures the batches as much as the model.
+
+        Raises:
+            ProfileError: The profile holds no convergence curve.
+        """
+        if self.convergence is None:
+            raise ProfileError(
+                "this profile holds no convergence curve; profile with "
+                "statistics=('mean', 'convergence')."
+            )
+        means = torch.stack(list(self.convergence.values())).mean(0).tolist()
+        curve = ", ".join(f"{mean:.1f}" for mean in means)
+        counts = ", ".join(map(str, self.convergence_batches))
+        text = f"mean GID {curve} after {counts} batches"
+        if len(means) < 2 or not means[-2]:
+            return f"{text}: profile more, one measurement tells no trend"
+        change = means[-1] / means[-2] - 1
+        verdict = "profiled enough" if abs(change) < SETTLED else "profile more"
+        return f"{text}; the last step changed it by {change:+.1%}: {verdict}"
 
     def save(self, folder: str | Path) -> None:
         """Write `profile.json` and the arrays beside it, all or nothing.
