@@ -227,6 +227,7 @@ class TestOptions:
             "water-fill",
             "ralora",
             "ralora-pro",
+            "compose",
         ]
         assert not Lora.needs_profile
         assert RaLora.needs_profile and RaLoraPro.needs_profile

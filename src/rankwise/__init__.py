@@ -6,7 +6,7 @@ Importing this package registers its adapter types with PEFT.
 from rankwise.adapters import RaLoraConfig, attach
 from rankwise.curve import BudgetCurve, budget_curve
 from rankwise.errors import RankwiseError
-from rankwise.methods import Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
+from rankwise.methods import Compose, Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
 from rankwise.spectra import (
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchLoss",
     "BudgetCurve",
+    "Compose",
     "Gard",
     "GradientProfile",
     "LinearShape",

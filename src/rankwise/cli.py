@@ -129,7 +129,9 @@ def plan(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(help="lora, lora-gid, ls-lora, gard, water-fill, ralora or ralora-pro."),
+        typer.Option(
+            help="lora, lora-gid, ls-lora, gard, water-fill, ralora, ralora-pro or compose."
+        ),
     ] = "ralora-pro",
     out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,
     curve: Annotated[

@@ -10,6 +10,9 @@
 | `RaLora` | mean gradient | effective rank | uniform rank, blocks by GID | block-diagonal |
 | `RaLoraPro` | both | effective rank | ranks by sensitivity, blocks by GID | block-diagonal |
 
+`Compose` puts together any score, rule and adapter, among them the controls depth, gradient norm
+and random.
+
 A method is a frozen set of options; `plan(profile)` turns measured gradients into a `RankPlan`.
 """
 
@@ -18,12 +21,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rankwise.methods.base import Method
+from rankwise.methods.compose import Compose
 from rankwise.methods.sensitivity import LsLora, RaLoraPro
 from rankwise.methods.spectral import Gard, LoraGid, WaterFill
 from rankwise.methods.uniform import Lora, RaLora
 
 __all__ = [
     "METHODS",
+    "Compose",
     "Gard",
     "Lora",
     "LoraGid",
@@ -35,6 +40,6 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, type[Method]] = {
-    cls.name: cls for cls in (Lora, LoraGid, LsLora, Gard, WaterFill, RaLora, RaLoraPro)
+    cls.name: cls for cls in (Lora, LoraGid, LsLora, Gard, WaterFill, RaLora, RaLoraPro, Compose)
 }
 """Every method by the name the configuration files use."""

@@ -20,7 +20,7 @@ from rankwise.methods.base import (
     costs_of,
     shapes_of,
 )
-from rankwise.methods.uniform import RaLora
+from rankwise.methods.uniform import RaLora, blocks_by_gid
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile
 
@@ -89,7 +89,7 @@ class RaLoraPro(SensitivityMethod, RaLora):
             PlanError: The sensitivities are unusable or the budget is infeasible.
         """
         ranks, limit = self._ranks(profile)
-        blocks = self._blocks(profile, ranks)
+        blocks = blocks_by_gid(profile, ranks, self.n_max)
         return self._assemble(
             shapes_of(profile), ranks, blocks=blocks, profile=profile, budget=limit
         )

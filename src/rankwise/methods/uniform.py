@@ -62,12 +62,7 @@ class RaLora(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("n_max", self.n_max)
-        if self.n_max & (self.n_max - 1):
-            raise PlanError(
-                f"n_max={self.n_max} must be a power of two (1, 2, 4, 8, ...), because blocks are "
-                "halved until they divide the layer."
-            )
+        check_n_max(self.n_max)
 
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Uniform ranks, blocks by GID.
@@ -79,17 +74,31 @@ class RaLora(Method):
         check_rank_fits(self.r, shapes)
         ranks = dict.fromkeys(shapes, self.r)
         budget = self.r * sum(shape.rank_cost for shape in shapes.values())
-        blocks = self._blocks(profile, ranks)
+        blocks = blocks_by_gid(profile, ranks, self.n_max)
         return self._assemble(shapes, ranks, blocks=blocks, profile=profile, budget=budget)
 
-    def _blocks(self, profile: GradientProfile, ranks: Mapping[str, int]) -> dict[str, int]:
-        blocks: dict[str, int] = {}
-        for name, module in profile.modules.items():
-            wanted = block_count(profile.gid[name], ranks[name], self.n_max)
-            blocks[name] = dividing_blocks(wanted, module.d_in, module.d_out)
-            if blocks[name] != wanted:
-                logger.info(
-                    "%s: %d blocks do not divide %d x %d; %d do",
-                    name, wanted, module.d_out, module.d_in, blocks[name],
-                )  # fmt: skip
-        return blocks
+
+def blocks_by_gid(profile: GradientProfile, ranks: Mapping[str, int], n_max: int) -> dict[str, int]:
+    """Blocks of every module of positive rank, lowered to what divides its dimensions."""
+    blocks: dict[str, int] = {}
+    for name, module in profile.modules.items():
+        if not ranks[name]:
+            continue
+        wanted = block_count(profile.gid[name], ranks[name], n_max)
+        blocks[name] = dividing_blocks(wanted, module.d_in, module.d_out)
+        if blocks[name] != wanted:
+            logger.info(
+                "%s: %d blocks do not divide %d x %d; %d do",
+                name, wanted, module.d_out, module.d_in, blocks[name],
+            )  # fmt: skip
+    return blocks
+
+
+def check_n_max(n_max: int) -> None:
+    """Refuse a largest number of blocks that is no power of two."""
+    check_positive_int("n_max", n_max)
+    if n_max & (n_max - 1):
+        raise PlanError(
+            f"n_max={n_max} must be a power of two (1, 2, 4, 8, ...), because blocks are halved "
+            "until they divide the layer."
+        )
