@@ -17,8 +17,8 @@ PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-con
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: .venv/.demo-stamp  ## Profile, plan, fine-tune and compare RaLoRA with LoRA on a small real model.
-	.venv/bin/rankwise demo --out runs/demo
+demo: .venv/.demo-stamp  ## Fine-tune a small real model with RaLoRA and with LoRA and compare; ARGS="--help" for options.
+	.venv/bin/rankwise demo --out runs/demo $(ARGS)
 
 check: lint types imports test conformance  ## What CI runs.
 

@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,8 +111,11 @@ def train(
     model, tokenizer = load_model(config.model, config.dtype)
     data = load_token_data(config.data, tokenizer, seed=config.seed)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "profile"):
-        plan, profile = make_plan(config, model, data, profile, say)
+    given = profile
+    plan, profile = make_plan(config, model, data, profile, say)
+    # a profile that was given cost this run nothing
+    made = profile if profile is not given else None
+    seconds["profile"] = made.provenance.seconds if made else 0.0
     fingerprint = model_fingerprint(model)
     name = model_name(model)
     set_seed(config.seed)  # the adapters' draw must not depend on whether a profile was made
@@ -319,10 +321,3 @@ def peak_memory_mib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Any:
-    started = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - started
