@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankwise.errors import ProfileError
+from rankwise.profiling import BatchLoss, model_loss, profile_gradients
+from tiny_models import (
+    IGNORED,
+    token_batch,
+)
+
+
+def refuse() -> Iterator[Batch]:
+    raise AssertionError("a batch too many was asked for")
+    yield
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("batches", [0, -1])
+    def test_no_batch_asked_for(self, tiny_llama: PreTrainedModel, batches: int) -> None:
+        with pytest.raises(ProfileError, match=f"batches={batches}"):
+            profile_gradients(tiny_llama, [token_batch([5])], batches=batches)
+
+    def test_empty_loader(self, tiny_llama: PreTrainedModel) -> None:
+        with pytest.raises(ProfileError, match="no batch"):
+            profile_gradients(tiny_llama, [])
+
+    def test_nothing_labelled(self, tiny_llama: PreTrainedModel) -> None:
+        batch = token_batch([5])
+        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        with pytest.raises(ProfileError, match="none of the 2 batches has a labelled item"):
+            profile_gradients(tiny_llama, [batch, batch])
+
+    def test_only_first_tokens_labelled(self, tiny_llama: PreTrainedModel) -> None:
+        batch = token_batch([5])
+        batch["labels"][:, 1:] = IGNORED  # causal models predict from the second token on
+        with pytest.raises(ProfileError, match="none of the 1 batches"):
+            profile_gradients(tiny_llama, [batch])
+
+    def test_no_labels(self, tiny_llama: PreTrainedModel) -> None:
+        with pytest.raises(ProfileError, match="no 'labels' tensor"):
+            profile_gradients(tiny_llama, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+
+    def test_model_that_returns_no_loss(self) -> None:
+        class Plain(nn.Linear):
+            def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+                return super().forward(x)
+
+        batch = {"x": torch.ones(2, 3), "labels": torch.ones(2)}
+        model = nn.Module()
+        model.layer = Plain(3, 3)
+        model.forward = lambda x, labels: model.layer(x)
+        with pytest.raises(ProfileError, match="returned no loss"):
+            profile_gradients(model, [batch])
+
+    def test_zero_loss(self, tiny_llama: PreTrainedModel) -> None:
+        def zero(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            loss, count = model_loss(model, batch)
+            return BatchLoss(loss * 0, count)
+
+        with pytest.raises(ProfileError, match="gradient of every target is zero"):
+            profile_gradients(tiny_llama, [token_batch([5])], loss_fn=zero)
+
+    def test_loss_without_gradient(self, tiny_llama: PreTrainedModel) -> None:
+        def detached(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            loss, count = model_loss(model, batch)
+            return BatchLoss(loss.detach(), count)
+
+        with pytest.raises(ProfileError, match="loss of batch 0 depends on none of the targets"):
+            profile_gradients(tiny_llama, [token_batch([5])], loss_fn=detached)
+
+    def test_batch_that_is_no_mapping(self, tiny_llama: PreTrainedModel) -> None:
+        with pytest.raises(ProfileError, match=r"batch 1 is a tuple"):
+            profile_gradients(tiny_llama, [token_batch([5]), (torch.ones(1, 2), 3)])  # type: ignore[list-item]
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_non_finite_gradient_names_module_and_batch(
+        self, tiny_llama: PreTrainedModel, bad: float
+    ) -> None:
+        def poison(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            output.register_hook(lambda gradient: torch.full_like(gradient, bad))
+
+        def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            if batch["input_ids"].shape[0] == 3:
+                model.get_submodule("model.layers.0").register_forward_hook(poison)
+            return model_loss(model, batch)
+
+        batches = [token_batch([5]), token_batch([1]), token_batch([4, 4, 4])]  # 1: no label
+        with pytest.raises(
+            ProfileError, match=r"non-finite .* model\.layers\.0\.mlp\.down_proj, batch 2\b"
+        ):
+            profile_gradients(tiny_llama, batches, loss_fn=loss_fn)
+
+    def test_nan_weight_is_found(self, tiny_llama: PreTrainedModel) -> None:
+        module = tiny_llama.get_submodule("model.layers.1.mlp.up_proj")
+        module.weight.data[0, 0] = math.nan
+        with pytest.raises(ProfileError, match=r"non-finite gradient in module .*, batch 0"):
+            profile_gradients(tiny_llama, [token_batch([5])])
+
+    def test_fewer_batches_than_asked_for(
+        self, tiny_llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.WARNING):
+            profile = profile_gradients(tiny_llama, [token_batch([5])] * 2, batches=4)
+        assert "gave 2 batches of the 4 asked for" in caplog.text
+        assert profile.provenance.batches == 2
+
+    def test_no_more_batches_are_taken_than_asked_for(self, tiny_llama: PreTrainedModel) -> None:
+        loader = itertools.repeat(token_batch([5]))
+        taken = iter([next(loader), next(loader)])
+        profile = profile_gradients(tiny_llama, itertools.chain(taken, refuse()), batches=2)
+        assert profile.provenance.batches == 2
