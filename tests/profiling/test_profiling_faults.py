@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from rankwise.errors import ProfileError
 from rankwise.profiling import BatchLoss, model_loss, profile_gradients
 from tiny_models import (
     IGNORED,
+    Batch,
+    tiny_llama,
     token_batch,
 )
 
@@ -119,3 +121,39 @@ class TestBadInput:
         taken = iter([next(loader), next(loader)])
         profile = profile_gradients(tiny_llama, itertools.chain(taken, refuse()), batches=2)
         assert profile.provenance.batches == 2
+
+
+def test_data_parallel_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ProfileError, match=r"model\.module.*torchrun"):
+        profile_gradients(nn.DataParallel(tiny_llama()), [token_batch([4])])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_too_little_memory_names_what_needs_less(error: Exception) -> None:
+    model = tiny_llama()
+    before = [parameter.requires_grad for parameter in model.parameters()]
+
+    def hungry(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+        model(**batch)
+        raise error
+
+    with pytest.raises(ProfileError, match=r"out of memory.*smaller batch.*engine='sweep'"):
+        profile_gradients(model, [token_batch([4])], loss_fn=hungry)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_another_runtime_error_stays_itself() -> None:
+    def broken(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+        raise RuntimeError("a bug of the user's")
+
+    with pytest.raises(RuntimeError, match="a bug of the user's"):
+        profile_gradients(tiny_llama(), [token_batch([4])], loss_fn=broken)

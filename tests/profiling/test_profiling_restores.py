@@ -75,7 +75,7 @@ class TestEverythingIsGivenBack:
         before.assert_unchanged()
         assert profile.provenance.train_mode is train_mode
 
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
     def test_after_an_error_in_the_loader(
         self, uneven_model: PreTrainedModel, error: type[BaseException]
     ) -> None:
@@ -90,7 +90,7 @@ class TestEverythingIsGivenBack:
         before.assert_unchanged()
 
     @pytest.mark.parametrize("when", ["before", "after"])
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
     def test_after_an_error_in_the_loss(
         self, uneven_model: PreTrainedModel, error: type[BaseException], when: str
     ) -> None:

@@ -346,7 +346,8 @@ class TestEverythingIsGivenBack:
         if call < 3 and error is not KeyboardInterrupt:  # comparing: hooks may yet manage
             assert measure(model, [token_batch([6])] * 3).provenance.engine == "hooks"
         else:
-            with pytest.raises(error, match="from the model"):
+            shown = ProfileError if error is MemoryError else error
+            with pytest.raises(shown, match=r"from the model|out of memory"):
                 measure(model, [token_batch([6])] * 3)
         assert state(model) == before
 

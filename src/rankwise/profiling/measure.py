@@ -86,9 +86,16 @@ def profile_gradients(
 
     Raises:
         TargetError: The targets match nothing usable.
-        ProfileError: No batch, no labels, every gradient zero, an unknown statistic or engine, or
-            more than a tenth of the batches dropped; names a module and a batch.
+        ProfileError: No batch, no labels, every gradient zero, an unknown statistic or engine, more
+            than a tenth of the batches dropped (names a module and a batch), a model wrapped in
+            DataParallel, or too little memory (names the settings that need less).
     """
+    if isinstance(model, nn.DataParallel):
+        raise ProfileError(
+            "DataParallel splits batches where hooks do not follow; pass model.module, on one "
+            "device, or run one process a device (torchrun) with a share of the data each and "
+            "GradientProfile.merge."
+        )
     if batches < 1:
         raise ProfileError(f"batches={batches}: at least one batch is needed.")
     selected = find_targets(model, targets)
@@ -99,7 +106,12 @@ def profile_gradients(
     started = time.perf_counter()
     ledger = Ledger(batches)
     found = _Found(job, keep_gradients=keep_gradients)
-    with torch.enable_grad(), _mode(model, train=train_mode), _random_state_kept():
+    with (
+        _memory_errors_explained(),
+        torch.enable_grad(),
+        _mode(model, train=train_mode),
+        _random_state_kept(),
+    ):
         results = _run_engine(job, islice(iter(batches_of), batches), ledger, engine)
         with closing(results):
             used = found.add_all(results)
@@ -233,6 +245,22 @@ def _random_state_kept() -> Iterator[None]:
             yield
     finally:
         random.setstate(python_state)
+
+
+@contextmanager
+def _memory_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # on a GPU torch.OutOfMemoryError, on a CPU a plain RuntimeError of the allocator
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (known or "can't allocate memory" in str(error)):
+            raise
+        raise ProfileError(
+            "out of memory while profiling; the model is as it was. Less is needed with a smaller "
+            "batch, shorter sequences, fewer targets, engine='sweep', without keep_gradients, or "
+            "with the model in bfloat16."
+        ) from error
 
 
 def model_name(model: nn.Module) -> str:
