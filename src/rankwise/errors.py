@@ -39,7 +39,7 @@ class DataError(RankwiseError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that proposes the known name closest to a misspelt one, or lists all of them."""
+    """How a message ends: the known name closest to a misspelt one, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}."

@@ -57,13 +57,17 @@ def layer_table(cells: Mapping[str, str], *, title: str, caption: str) -> str:
             grid.setdefault((place.stack, place.index), {})[place.kind] = text
     parts: list[Table] = []
     if grid:
-        stacks = {stack for stack, _ in grid}
+        stacks = list(dict.fromkeys(stack for stack, _ in grid))
+
+        def order(place: tuple[str, int]) -> tuple[int, int]:
+            return stacks.index(place[0]), place[1]
+
         rows = [
             [
                 str(i) if len(stacks) == 1 else f"{stack}.{i}",
                 *(row.get(kind, "-") for kind in kinds),
             ]
-            for (stack, i), row in grid.items()
+            for (stack, i), row in sorted(grid.items(), key=lambda item: order(item[0]))
         ]
         parts.append(make_table(["layer", *kinds], rows))
     if alone:

@@ -87,7 +87,7 @@ class Compose(SpectralBudgetMethod):
             value = getattr(self, option)
             if value not in get_args(allowed):
                 hint = nearest(str(value), get_args(allowed))
-                raise PlanError(f"{option}={value!r} is not known; {hint}.")
+                raise PlanError(f"{option}={value!r} is not known; {hint}")
 
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Ranks by the rule under the budget, blocks by GID for `adapter="ralora"`.

@@ -119,12 +119,12 @@ def make_method(name: object, options: Mapping[str, Any]) -> Method:
         ConfigError: The name or an option is unknown, or an option's value is not allowed.
     """
     if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError(f"method.name={name!r} is not a method; {nearest(str(name), METHODS)}.")
+        raise ConfigError(f"method.name={name!r} is not a method; {nearest(str(name), METHODS)}")
     cls = METHODS[name]
     known = [field.name for field in fields(cls)]
     for key in options:
         if key not in known:
-            raise ConfigError(f"method.{key}: {name} has no such option; {nearest(key, known)}.")
+            raise ConfigError(f"method.{key}: {name} has no such option; {nearest(key, known)}")
     try:
         return cls(**options)
     except PlanError as error:
@@ -183,7 +183,7 @@ def _refuse_unknown(document: object, model: type[BaseModel], where: str, prefix
     for key, value in document.items():
         if key not in model.model_fields:
             hint = nearest(str(key), model.model_fields)
-            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; {hint}.")
+            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
         section = model.model_fields[key].annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             _refuse_unknown(value, section, where, f"{prefix}{key}.")
