@@ -67,6 +67,13 @@ def main(folder: str, r: int = 8) -> None:
         energy = f"{captured(profile, chosen):.2%}"
         spread = [values.min(), int(np.median(values)), values.max()]
         print(row([label, f"{parameters[label]:,}", energy, *spread, *counts]))
+    for label, centred in (("uncentred", False), ("centred", True)):
+        values = sorted(profile.energy_ranks(centred=centred).values())
+        median = values[len(values) // 2]
+        print(
+            f"\nEnergy ranks at 0.9, {label}: lowest {values[:3]}, median {median}, "
+            f"highest {values[-1]}, of M = {p.batches}."
+        )
     labels = [label for label in ranks if label != "uniform"]
     print("\nSpearman correlation over modules of the ranks that two rules give:\n")
     print(row(["", *labels]))

@@ -38,9 +38,9 @@ class BudgetPoint:
 class BudgetCurve:
     """Budgets that double from point to point, and the one that is recommended.
 
-    Captured energy is what the best update of that size keeps of the *measured mean gradient*; it
-    grows slower than the benefit of training, which sees more than one gradient. It answers where
-    more rank stops buying much, not what the loss will be.
+    Captured energy is what the best update of that size keeps of the *measured mean gradient*, and
+    training follows many gradients: it answers where more rank stops buying a better first step,
+    not what the loss will be.
     """
 
     points: tuple[BudgetPoint, ...]

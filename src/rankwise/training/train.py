@@ -143,15 +143,21 @@ def train(
         commit=git_commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    run = TrainingRun(record, plan, profile, adapted)
+    _save(run, tokenizer, output)
+    return run
+
+
+def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Everything the run leaves, all or nothing."""
     with new_folder(output, marker=RECORD_FILE) as folder:
-        adapted.save_pretrained(str(folder / ADAPTER_FOLDER))
+        run.model.save_pretrained(str(folder / ADAPTER_FOLDER))
         tokenizer.save_pretrained(str(folder / ADAPTER_FOLDER))
-        plan.save(folder / PLAN_FILE)
-        if profile is not None:
-            profile.save(folder / PROFILE_FOLDER)
-        write_text(folder / CONFIG_FILE, yaml.safe_dump(record.config, sort_keys=False))
-        record.save(folder / RECORD_FILE)
-    return TrainingRun(record, plan, profile, adapted)
+        run.plan.save(folder / PLAN_FILE)
+        if run.profile is not None:
+            run.profile.save(folder / PROFILE_FOLDER)
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
+        run.record.save(folder / RECORD_FILE)
 
 
 def make_plan(
