@@ -26,4 +26,4 @@ def test_examples(name: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert "rankwise.spectra" in WITH_EXAMPLES
+    assert "rankwise.spectra.estimators" in WITH_EXAMPLES

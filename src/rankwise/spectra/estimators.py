@@ -1,4 +1,4 @@
-"""From a matrix to its singular values, and from a spectrum to a dimension."""
+"""From a spectrum to a dimension."""
 
 from __future__ import annotations
 
@@ -10,50 +10,8 @@ from torch import Tensor
 
 from rankwise.errors import ProfileError
 
-_PANEL = 512
-"""Rows of a panel of a Gram matrix; only panels on and below the diagonal are computed."""
 _ROUNDING = 1e-12
 """Part of the total energy that the rounding of a cumulative sum may hide."""
-_PRECISE = 1e-10
-"""Eigenvalues of a Gram matrix below this part of the largest have lost too many digits."""
-
-
-def singular_values(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, " k"]:
-    """All singular values, largest first, through the Gram matrix of the smaller side in fp64.
-
-    `sigma_i = sqrt(lambda_i(M M'))`. Squaring halves the digits, which fp64 has to spare except
-    where a value is below `1e-5 sigma_1`; those are measured again on the matrix projected on their
-    own eigenvectors, where they are the large ones. The effective rank agrees with an fp64 SVD to
-    better than 1e-6. The matrix is scaled by its Frobenius norm first, because squares of
-    1e-6-sized gradients would underflow.
-
-    Args:
-        matrix: Any real floating-point matrix.
-
-    Returns:
-        `min(rows, cols)` values in fp64 on the CPU; zeros for a zero matrix.
-
-    Raises:
-        ProfileError: The matrix holds a non-finite value.
-    """
-    has_fp64 = matrix.device.type != "mps"
-    wide = matrix.detach().to(matrix.device if has_fp64 else "cpu").to(torch.float64)
-    norm = torch.linalg.matrix_norm(wide)
-    if not torch.isfinite(norm):
-        raise ProfileError("singular_values: the matrix holds a NaN or an infinity.")
-    if norm == 0:
-        return torch.zeros(min(matrix.shape), dtype=torch.float64)
-    scaled = wide / norm
-    if scaled.shape[0] > scaled.shape[1]:
-        scaled = scaled.T
-    gram = _gram_lower(scaled)
-    squares = torch.linalg.eigvalsh(gram)  # smallest first
-    lost = int((squares < _PRECISE * squares[-1]).sum())
-    if lost:
-        rest = torch.linalg.eigh(gram).eigenvectors[:, :lost].T @ scaled
-        squares[:lost] = torch.linalg.eigvalsh(rest @ rest.T)
-        squares = squares.sort().values  # the two measurements may overlap by a rounding
-    return (squares.clamp_min(0).sqrt() * norm).flip(0).cpu()
 
 
 def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
@@ -160,23 +118,6 @@ def threshold_rank(
     return int((values > threshold).sum())
 
 
-def gram_eigenvalues(gram: Float[Tensor, "m m"]) -> Float[Tensor, " m"]:
-    """Eigenvalues of a symmetric positive semidefinite matrix in fp64, largest first.
-
-    Rounding may leave an eigenvalue of a singular matrix slightly below zero; it is returned as 0.
-
-    Raises:
-        ProfileError: The matrix holds a non-finite value.
-    """
-    wide = gram.detach().cpu().to(torch.float64)
-    scale = wide.abs().max() if wide.numel() else torch.zeros(())
-    if not torch.isfinite(scale):
-        raise ProfileError("gram_eigenvalues: the matrix holds a NaN or an infinity.")
-    if scale == 0:
-        return torch.zeros(len(wide), dtype=torch.float64)
-    return (torch.linalg.eigvalsh(wide / scale).clamp_min(0) * scale).flip(0)
-
-
 def energy_rank(eigenvalues: Float[Tensor, " m"], energy: float = 0.9) -> int:
     """Energy rank: the fewest eigenvalues that hold a part `energy` of the total (GARD 3.2).
 
@@ -227,17 +168,6 @@ def energy_crossing(eigenvalues: Float[Tensor, " m"], energy: float = 0.9) -> fl
     before = float(cumulative[k - 1]) if k else 0.0
     fraction = (wanted - before) / float(values[k])
     return k + min(max(fraction, 2.0**-20), 1.0)
-
-
-def _gram_lower(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows rows"]:
-    """`M M'` on and below the diagonal, which is what `eigvalsh` and `eigh` read."""
-    rows = matrix.shape[0]
-    gram = matrix.new_empty(rows, rows)
-    for start in range(0, rows, _PANEL):
-        end = min(start + _PANEL, rows)
-        torch.mm(matrix[start:], matrix[start:end].T, out=gram[start:, start:end])
-        gram[start:end, end:] = 0
-    return gram
 
 
 def _checked(values: Tensor, what: str) -> Tensor:
