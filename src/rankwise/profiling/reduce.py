@@ -3,86 +3,131 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Mapping
+import operator
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Job
+from rankwise.profiling.parallel import map_in_order
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
+from rankwise.profiling.staging import TokenGradient, dense
 from rankwise.profiling.statistics import ModuleResult, sensitivity
-from rankwise.spectra import singular_values
+from rankwise.spectra import singular_values, triangular_factor
 from rankwise.targets import linear_weight
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Reduced:
+    """What a profile keeps of one module."""
+
+    name: str
+    statistics: ModuleStatistics
+    spectrum: Tensor
+    gradient: Tensor | None
+    gram: Tensor | None
+    convergence: Tensor | None
+
+
 class Found:
-    """Results as they come from an engine, reduced to what a profile keeps."""
+    """Results as they come from an engine, reduced to what a profile keeps.
+
+    Spectra are computed on the CPU's cores, a module each, while the next results are fetched; as
+    many gradients wait as there are threads.
+    """
 
     def __init__(self, job: Job, *, keep_gradients: bool) -> None:
         self._job = job
         self._keep_gradients = keep_gradients
-        self.modules: dict[str, ModuleStatistics] = {}
-        self.spectra: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self.gram: dict[str, Tensor] = {}
-        self.convergence: dict[str, Tensor] = {}
+        self._triangle = _LastTriangle()
+        self._modules: dict[str, _Reduced] = {}
 
     def add_all(self, results: Generator[tuple[str, ModuleResult], None, str]) -> str:
         """Add every result; returns what the generator returns."""
-        while True:
-            try:
-                name, result = next(results)
-            except StopIteration as end:
-                return str(end.value)
-            self.add(name, result)
+        returned: list[str] = []
 
-    def add(self, name: str, result: ModuleResult) -> None:
-        """Turn one module's result into statistics, giving up its gradient."""
+        def given() -> Generator[tuple[str, ModuleResult], None, None]:
+            returned.append((yield from results))
+
+        on_cpu = next(self._job.model.parameters()).device.type == "cpu"
+        workers = torch.get_num_threads() if on_cpu else 1
+        with closing(map_in_order(self._reduce, given(), workers)) as all_reduced:
+            for reduced in all_reduced:
+                if not reduced.statistics.has_gradient:
+                    logger.warning("%s: its gradient is zero on every batch", reduced.name)
+                self._modules[reduced.name] = reduced
+        return returned[0]
+
+    def _reduce(self, named: tuple[str, ModuleResult]) -> _Reduced:
+        """One module's statistics; runs beside others."""
+        name, result = named
         shape = self._job.selected[name]
         gradient = result.gradient
         if gradient is None:
             gradient = torch.zeros(shape.d_out, shape.d_in)
-        self.spectra[name] = singular_values(gradient)
-        norm = float(self.spectra[name].norm())
+        try:
+            if isinstance(gradient, TokenGradient):
+                spectrum = gradient.singular_values(self._triangle.of(gradient.inputs))
+            else:
+                spectrum = singular_values(gradient)
+        except ProfileError as error:
+            raise ProfileError(f"module {name}: {error}") from error
         weight = linear_weight(self._job.model.get_submodule(name))
-        self.modules[name] = ModuleStatistics(
+        statistics = ModuleStatistics(
             d_in=shape.d_in,
             d_out=shape.d_out,
-            gradient_norm=norm,
-            sensitivity=sensitivity(weight, gradient.to(weight.device)),
+            gradient_norm=float(spectrum.norm()),
+            sensitivity=sensitivity(weight, gradient),
             batches=result.batches,
             rows=result.rows,
             zero_batches=result.zero_batches,
             fisher=result.fisher,
         )
-        if norm == 0:
-            logger.warning("%s: its gradient is zero on every batch", name)
-        if result.gram is not None:
-            self.gram[name] = result.gram
-        if result.gids:
-            self.convergence[name] = torch.tensor(result.gids, dtype=torch.float64)
-        if self._keep_gradients:
-            self.gradients[name] = gradient.cpu()
+        kept = dense(gradient).cpu() if self._keep_gradients else None
+        gids = torch.tensor(result.gids, dtype=torch.float64) if result.gids else None
+        return _Reduced(name, statistics, spectrum, kept, result.gram, gids)
 
     def profile(self, provenance: ProfileProvenance) -> GradientProfile:
         """The profile, with the modules in model order."""
-        if all(entry.gradient_norm == 0 for entry in self.modules.values()):
+        found = {name: self._modules[name] for name in self._job.selected}
+        if not any(reduced.statistics.has_gradient for reduced in found.values()):
             raise ProfileError(
                 "the gradient of every target is zero; check that the loss depends on the model."
             )
-        names = self._job.selected
         return GradientProfile(
-            {name: self.modules[name] for name in names},
-            {name: self.spectra[name] for name in names},
+            {name: reduced.statistics for name, reduced in found.items()},
+            {name: reduced.spectrum for name, reduced in found.items()},
             provenance,
-            gradients=_in_order(self.gradients, names),
-            gram=_in_order(self.gram, names),
-            convergence=_in_order(self.convergence, names),
+            gradients=_measured({name: reduced.gradient for name, reduced in found.items()}),
+            gram=_measured({name: reduced.gram for name, reduced in found.items()}),
+            convergence=_measured({name: reduced.convergence for name, reduced in found.items()}),
         )
 
 
-def _in_order(arrays: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor] | None:
-    return {name: arrays[name] for name in names} if arrays else None
+class _LastTriangle:
+    """The triangular factor of the last inputs: q, k and v, or gate and up, follow each other."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inputs: tuple[Tensor, ...] = ()
+        self._triangle = torch.empty(0, 0)
+
+    def of(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The factor of the inputs, one below the other."""
+        with self._lock:
+            same = len(inputs) == len(self._inputs)
+            if not (same and all(map(operator.is_, inputs, self._inputs))):
+                self._inputs, self._triangle = inputs, triangular_factor(torch.cat(inputs))
+            return self._triangle
+
+
+def _measured(arrays: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:
+    """The arrays that there are; every module has one or none has."""
+    return {name: array for name, array in arrays.items() if array is not None} or None

@@ -8,13 +8,17 @@ where they are smaller than the product `g' x (d_out, d_in)`, else as the produc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankwise.spectra import effective_rank, singular_values
+from rankwise.spectra import effective_rank, singular_values, token_singular_values
 
+TOKEN_SPACE = 0.75
+"""A spectrum is computed from tokens while there are at most this part of min(d_in, d_out)."""
 _BLOCK = 2**22
 """Entries of the block of all batches' gradient rows that a Gram matrix is summed over."""
 
@@ -63,58 +67,142 @@ def _product(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return product
 
 
+class Use(NamedTuple):
+    """One use of a module in a batch: its part of the gradient is `weight * g' x`."""
+
+    x: Float[Tensor, "t d_in"]
+    g: Float[Tensor, "t d_out"]
+    weight: float
+
+
+@dataclass(frozen=True)
+class TokenGradient:
+    """A mean gradient of few tokens, `G = sum_u weight_u g_u' x_u`, that need not be formed."""
+
+    uses: tuple[Use, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the gradient, `(d_out, d_in)`."""
+        return self.uses[0].g.shape[1], self.uses[0].x.shape[1]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The x of each use; layers that share their input hold the same tensors."""
+        return tuple(use.x for use in self.uses)
+
+    def rows(self, start: int, end: int) -> Float[Tensor, "rows d_in"]:
+        """Some rows of the gradient, fp32 or wider."""
+        first, *rest = (Use(x, g[:, start:end], weight) for x, g, weight in self.uses)
+        rows = _weighted_product(first)
+        for use in rest:
+            _add_(rows, use)
+        return rows
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """The gradient as a matrix."""
+        return self.rows(0, self.shape[0])
+
+    def singular_values(
+        self, x_triangle: Float[Tensor, "k_in t"] | None = None
+    ) -> Float[Tensor, " k"]:
+        """Of the gradient: see `token_singular_values`."""
+        x = torch.cat(self.inputs)
+        g = torch.cat([g.to(wide_dtype(g.dtype)) * weight for _, g, weight in self.uses])
+        return token_singular_values(x, g, x_triangle=x_triangle)
+
+
+MeanGradient = Tensor | TokenGradient
+"""A mean gradient `(d_out, d_in)`, as a matrix or as the tokens that make it."""
+
+
+def dense(gradient: MeanGradient) -> Float[Tensor, "d_out d_in"]:
+    """The gradient as a matrix."""
+    return gradient.dense() if isinstance(gradient, TokenGradient) else gradient
+
+
 class GradientSum:
     """Running `sum_b n_b G_b` of one module; a batch enters as a whole or not at all.
 
-    A staged product is the new sum itself, beside the old one, so that keeping or dropping a batch
-    costs no pass over memory; at the end of a backward pass, when the activations are gone, there
-    are two sums. The GID of the sum is taken after 1, 2, 4, ... batches if asked for.
+    While all batches together have at most `TOKEN_SPACE min(d_in, d_out)` tokens they are kept as
+    factors and their sum is never formed. After that a staged product is the new sum itself, beside
+    the old one, so that keeping or dropping a batch costs no pass over memory; at the end of a
+    backward pass, when the activations are gone, there are two sums. The GID of the mean is taken
+    after 1, 2, 4, ... batches if asked for.
     """
 
     def __init__(self, *, convergence: bool) -> None:
         self._convergence = convergence
+        self._kept: list[Use] = []  # instead of the sum
         self._total: Tensor | None = None
-        self._staged: Tensor | None = None
-        self._factors: list[tuple[Tensor, Tensor]] = []
+        self._staged_total: Tensor | None = None
+        self._staged: list[Use] = []
         self._items: list[int] = []
         self._gids: list[float] = []
 
     def add(self, x: Float[Tensor, "t d_in"], g: Float[Tensor, "t d_out"], items: int) -> None:
         """Stage one use of the module in a batch of `items` labelled items."""
-        if self._total is None:
-            wide = wide_dtype(x.dtype)
-            self._total = torch.zeros(g.shape[1], x.shape[1], dtype=wide, device=g.device)
-        held = sum(a.numel() + b.numel() for a, b in self._factors)
-        if self._staged is None and held + x.numel() + g.numel() < self._total.numel():
-            self._factors.append((x, g))
-            return
-        wide = self._total.dtype
-        base = self._total if self._staged is None else self._staged
-        self._staged = torch.addmm(base, g.to(wide).T, x.to(wide), alpha=items)
+        use = Use(x, g, items)
+        held = sum(u.x.numel() + u.g.numel() for u in [*self._staged, use])
+        if self._staged_total is None and (
+            self._fits_token_space(use) or held < x.shape[1] * g.shape[1]
+        ):
+            self._staged.append(use)
+        elif self._staged_total is None:
+            self._staged_total = self._sum_with(use)
+        else:
+            _add_(self._staged_total, use)
 
     def keep(self, items: int) -> None:
         """Let the staged batch count."""
-        if self._staged is not None:
-            self._total = self._staged
-        for x, g in self._factors:
-            assert self._total is not None
-            self._total.addmm_(g.to(self._total.dtype).T, x.to(self._total.dtype), alpha=items)
+        if self._staged_total is not None:
+            self._total, self._kept = self._staged_total, []
+        if self._fits_token_space():
+            self._kept += self._staged
+        else:
+            for use in self._staged:
+                if self._total is None:
+                    self._total, self._kept = self._sum_with(use), []
+                else:
+                    _add_(self._total, use)
         self.drop()
         self._items.append(items)
         if self._convergence and _is_power_of_two(len(self._items)):
-            self._gids.append(_gid(self._total))
+            self._gids.append(_gid(self._mean()))
 
     def drop(self) -> None:
         """Forget the staged batch."""
-        self._staged = None
-        self._factors = []
+        self._staged_total = None
+        self._staged = []
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, list[float]]:
+    def finish(self) -> tuple[MeanGradient | None, Tensor | None, list[float]]:
         """The mean gradient, no Gram matrix, and the GIDs after `prefixes(N)` batches."""
-        mean = None if self._total is None else self._total.div_(sum(self._items))
         if self._convergence and not _is_power_of_two(len(self._items)):
-            self._gids.append(_gid(mean))
-        return mean, None, self._gids
+            self._gids.append(_gid(self._mean()))
+        if self._total is not None:
+            return self._total.div_(sum(self._items)), None, self._gids
+        return self._mean(), None, self._gids
+
+    def _mean(self) -> MeanGradient | None:
+        """The mean, or the sum where that is a matrix: their GID is the same."""
+        if self._total is not None or not self._kept:
+            return self._total
+        total = sum(self._items)
+        return TokenGradient(tuple(Use(x, g, weight / total) for x, g, weight in self._kept))
+
+    def _fits_token_space(self, *more: Use) -> bool:
+        uses = [*self._kept, *self._staged, *more]
+        if self._total is not None or not uses:
+            return False
+        tokens = sum(len(use.x) for use in uses)
+        return tokens <= TOKEN_SPACE * min(uses[0].x.shape[1], uses[0].g.shape[1])
+
+    def _sum_with(self, use: Use) -> Float[Tensor, "d_out d_in"]:
+        """A new sum of what counts so far and one use more."""
+        if self._total is not None:
+            wide = self._total.dtype
+            return torch.addmm(self._total, use.g.to(wide).T, use.x.to(wide), alpha=use.weight)
+        return TokenGradient((*self._kept, use)).dense()
 
 
 class KeptGradients:
@@ -190,6 +278,16 @@ def _gram_of_rows(block: Float[Tensor, "rows m d_in"]) -> Float[Tensor, "m m"]:
     return (products.sum(0, dtype=torch.float64) * peak.double() ** 2).cpu()
 
 
+def _weighted_product(use: Use) -> Tensor:
+    wide = wide_dtype(use.x.dtype)
+    nothing = torch.zeros((), dtype=wide, device=use.g.device)
+    return torch.addmm(nothing, use.g.to(wide).T, use.x.to(wide), beta=0, alpha=use.weight)
+
+
+def _add_(total: Tensor, use: Use) -> None:
+    total.addmm_(use.g.to(total.dtype).T, use.x.to(total.dtype), alpha=use.weight)
+
+
 def prefixes(batches: int) -> list[int]:
     """Where convergence is looked at: after 1, 2, 4, ... batches, and after all of them.
 
@@ -205,5 +303,9 @@ def _is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def _gid(gradient: Tensor | None) -> float:
-    return 0.0 if gradient is None else effective_rank(singular_values(gradient))
+def _gid(gradient: MeanGradient | None) -> float:
+    if gradient is None:
+        return 0.0
+    if isinstance(gradient, TokenGradient):
+        return effective_rank(gradient.singular_values())
+    return effective_rank(singular_values(gradient))

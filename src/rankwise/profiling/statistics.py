@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.errors import ProfileError
-from rankwise.profiling.staging import GradientSum, KeptGradients, wide_dtype
+from rankwise.profiling.staging import (
+    GradientSum,
+    KeptGradients,
+    MeanGradient,
+    TokenGradient,
+    wide_dtype,
+)
 
+_ENTRIES = 2**18
+"""Entries of the weight that a sensitivity looks at at a time, about a core's cache."""
 Statistic = Literal["mean", "gram", "fisher", "convergence"]
 """What a profile can hold: see `profile_gradients`."""
 
@@ -23,7 +30,8 @@ class ModuleResult:
     """What the batches said about one module.
 
     Attributes:
-        gradient: Mean gradient `(d_out, d_in)`, fp32 or wider; None if no batch reached it.
+        gradient: Mean gradient `(d_out, d_in)`, fp32 or wider, or the tokens that make it where
+            they are few (see `dense`); None if no batch reached it.
         rows: Input rows (tokens, padding included) it saw.
         batches: Batches that reached it.
         zero_batches: Those of them whose gradient was exactly zero.
@@ -32,7 +40,7 @@ class ModuleResult:
         gids: GID of the mean over the first 1, 2, 4, ..., N batches, if asked for.
     """
 
-    gradient: Float[Tensor, "d_out d_in"] | None
+    gradient: MeanGradient | None
     rows: int
     batches: int
     zero_batches: int
@@ -60,6 +68,24 @@ class _Staged:
     uses: list[tuple[Tensor, Tensor]] | None = None
 
 
+class _Input(NamedTuple):
+    """The input seen last, which later modules may share."""
+
+    x: Tensor
+    version: int
+    flat: Tensor
+    peak: float
+
+    def is_same(self, x: Tensor) -> bool:
+        """Whether x is the memory looked at, unchanged since; views count its changes together."""
+        return (
+            x.data_ptr() == self.x.data_ptr()
+            and x._version == self.version
+            and (x.shape, x.stride()) == (self.x.shape, self.x.stride())
+            and (x.dtype, x.device) == (self.x.dtype, self.x.device)
+        )
+
+
 class StreamingStatistics:
     """The statistics of several modules, batch by batch.
 
@@ -83,6 +109,7 @@ class StreamingStatistics:
         self._items = 0
         self._batch_rows = 0
         self._spoiled: str | None = None
+        self._last_input: _Input | None = None
 
     def begin_batch(self, items: int, rows: int) -> None:
         """Start a batch of `rows` samples whose loss is a mean over `items` labelled items."""
@@ -97,20 +124,25 @@ class StreamingStatistics:
         """Add one use of a module; a module used several times in a forward adds up."""
         if self._spoiled is not None or not x.numel():
             return
-        peak_x, peak_g = _peak(x), _peak(g)
-        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        largest = peak_x * peak_g * len(flat_x) * self._items
+        seen, flat_g = self._input(x), g.reshape(-1, g.shape[-1])
+        largest = seen.peak * _peak(g) * len(flat_g) * self._items
         if not largest < torch.finfo(wide_dtype(x.dtype)).max:  # a NaN, an infinity, an overflow
             self._spoiled = name
             return
         staged = self._staged.setdefault(name, _Staged())
-        staged.rows += len(flat_x)
+        staged.rows += len(flat_g)
         if "fisher" in self._wanted:
             _check_samples(name, x, self._batch_rows)
             staged.uses = [*(staged.uses or ()), (x, g)]
         if largest:
             staged.is_zero = False
-            self._modules[name].stream.add(flat_x, flat_g, self._items)
+            self._modules[name].stream.add(seen.flat, flat_g, self._items)
+
+    def _input(self, x: Tensor) -> _Input:
+        """Modules that share their input follow each other: it is looked at once."""
+        if self._last_input is None or not self._last_input.is_same(x):
+            self._last_input = _Input(x, x._version, x.reshape(-1, x.shape[-1]), _peak(x))
+        return self._last_input
 
     def spoil(self, name: str) -> None:
         """Let the running batch be dropped, for the sake of `name` unless a module was first."""
@@ -118,6 +150,7 @@ class StreamingStatistics:
 
     def end_batch(self) -> str | None:
         """Let the batch count, or drop it and return the module that holds a NaN or infinity."""
+        self._last_input = None
         if self._spoiled is not None:
             self.drop_batch()
             return self._spoiled
@@ -139,6 +172,7 @@ class StreamingStatistics:
 
     def drop_batch(self) -> None:
         """Forget the batch for every module."""
+        self._last_input = None
         self._staged = {}
         for module in self._modules.values():
             module.stream.drop()
@@ -181,20 +215,32 @@ def sample_square_norms(uses: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, 
     return squares * (peak_x * peak_g) ** 2
 
 
-def sensitivity(
-    weight: Float[Tensor, "d_out d_in"], gradient: Float[Tensor, "d_out d_in"]
-) -> float:
+def sensitivity(weight: Float[Tensor, "d_out d_in"], gradient: MeanGradient) -> float:
     """Loss sensitivity `I = mean(|W * G|)`, elementwise (RaLoRA Eq. 5).
 
     The unit is loss per weight: to first order, the loss changes by at most `I` times the number
-    of weights when every weight is set to zero.
+    of weights when every weight is set to zero. A few rows are looked at at a time, so that a
+    gradient of few tokens is never formed.
     """
-    return float((weight.to(gradient.dtype) * gradient).abs().mean(dtype=torch.float64))
+    d_out, d_in = weight.shape
+    total = 0.0
+    step = max(_ENTRIES // d_in, 1)
+    for start in range(0, d_out, step):
+        end = min(start + step, d_out)
+        if isinstance(gradient, TokenGradient):
+            rows = gradient.rows(start, end)
+        else:
+            rows = gradient[start:end]
+        rows = rows.to(weight.device)
+        products = weight[start:end].to(rows.dtype) * rows
+        total += float(products.abs_().sum(dtype=torch.float64))
+    return total / (d_out * d_in)
 
 
 def _peak(tensor: Tensor) -> float:
     """The largest absolute value; NaN if there is one, in a single pass without a copy."""
-    return float(torch.linalg.vector_norm(tensor, math.inf))
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high))
 
 
 def _check_samples(name: str, x: Tensor, rows: int) -> None:
