@@ -96,7 +96,9 @@ class StreamingStatistics:
 
     A batch with a NaN or an infinity anywhere counts for no module. What that needs is held per
     module until the batch is over: the smaller of its input and output gradient and one matrix of
-    the weight's size; with `"fisher"` the input and output gradient in any case.
+    the weight's size; with `"fisher"` the input and output gradient in any case. While all batches
+    together have few tokens (see `GradientSum`), their inputs and output gradients are held to the
+    end instead of the sum, one and a half times the weight's size at most.
     """
 
     def __init__(self, modules: Iterable[str], wanted: Iterable[Statistic] = ()) -> None:
