@@ -50,7 +50,7 @@ def _gid(*, quick: bool) -> list[Row]:
 
 def _gram(*, quick: bool) -> list[Row]:
     """The naive way keeps M gradients of every layer, 27 GB at M = 64: it is run with fewer."""
-    few, many = (2, 3) if quick else (16, 64)
+    few, many = (2, 4) if quick else (16, 64)
     naive, same, more = (
         cost_of("gram-naive", few, 1),
         cost_of("gram-sweep", few, 1),
