@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,11 +17,6 @@ from tiny_models import ARCHITECTURES, Batch
 
 ALL = ("mean", "gram", "fisher", "convergence")
 ROWS = [[9, 6], [5, 4, 7], [3], [8, 8], [2, 6, 6]]
-
-architectures = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-precisions = pytest.mark.parametrize(
-    ("dtype", "rel"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
-)
 
 
 def gradient_of(module: nn.Module) -> Tensor:

@@ -24,13 +24,17 @@ CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
 CHECKPOINTING_IDS = ["plain", "reentrant", "non-reentrant"]
 ROWS = [[9, 6], [5, 4, 7], [3]]
 
+CAUSAL = (
+    "GPT2LMHeadModel", "LlamaForCausalLM", "MambaForCausalLM", "Phi3ForCausalLM",
+    "Qwen3ForCausalLM",
+)  # fmt: skip
+
 architectures = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
 
 def labelled(model: nn.Module, batch: Batch) -> int:
     """Labels in the mean loss: causal models never predict a row's first token."""
-    shifted = type(model).__name__ in ("LlamaForCausalLM", "GPT2LMHeadModel")
-    labels = batch["labels"][:, 1:] if shifted else batch["labels"]
+    labels = batch["labels"][:, 1:] if type(model).__name__ in CAUSAL else batch["labels"]
     return int((labels != IGNORED).sum())
 
 

@@ -20,7 +20,16 @@ from rankwise.targets import (
     linear_shape,
     linear_weight,
 )
-from tiny_models import tiny_bert_classifier, tiny_bert_mlm, tiny_gpt2, tiny_t5
+from tiny_models import (
+    tiny_bert_classifier,
+    tiny_bert_mlm,
+    tiny_gpt2,
+    tiny_mamba,
+    tiny_phi3,
+    tiny_qwen3,
+    tiny_t5,
+    tiny_vit,
+)
 
 LLAMA_KINDS = {
     "self_attn.q_proj": (16, 16),
@@ -99,6 +108,39 @@ class TestAllLinear:
                 expected |= {f"{last}.{kind}": shape for kind, shape in feed_forward.items()}
         assert pairs(found) == expected
         assert list(found.left_out) == ["lm_head"]
+
+    def test_qwen3_heads_of_another_size(self) -> None:
+        found = find_targets(tiny_qwen3())
+        assert found["model.layers.1.self_attn.q_proj"] == LinearShape(16, 24)
+        assert found["model.layers.1.self_attn.v_proj"] == LinearShape(16, 6)
+        assert "tied" in found.left_out["lm_head"]
+
+    def test_phi3_fused_projections(self) -> None:
+        kinds = {
+            "self_attn.o_proj": (16, 16),
+            "self_attn.qkv_proj": (16, 32),
+            "mlp.gate_up_proj": (16, 48),
+            "mlp.down_proj": (24, 16),
+        }
+        assert pairs(find_targets(tiny_phi3())) == stack("model.layers", kinds)
+
+    def test_vit(self) -> None:
+        found = find_targets(tiny_vit())
+        assert len(found) == 12
+        # neither the class token nor the positions, which have three axes, pass for experts
+        assert found.left_out == {"classifier": "a task head, outside the model body"}
+
+    def test_mamba_reads_weights_without_calling_their_layers(self) -> None:
+        model = tiny_mamba()
+        found = find_targets(model)
+        assert pairs(found) == stack(
+            "backbone.layers", {"mixer.in_proj": (16, 64), "mixer.x_proj": (32, 11)}
+        )
+        for part in ("dt_proj", "out_proj"):
+            reason = found.left_out[f"backbone.layers.0.mixer.{part}"]
+            assert reason == "read by a Mamba mixer without calling it"
+            with pytest.raises(TargetError, match=rf"mixer\.{part} .*Mamba mixer"):
+                find_targets(model, ["in_proj", part])
 
     def test_order_is_the_models(self, tiny_llama: PreTrainedModel) -> None:
         names = [name for name, _ in tiny_llama.named_modules()]

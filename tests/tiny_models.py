@@ -18,9 +18,17 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from rankwise.profiling import GradientProfile, ModuleStatistics, ProfileProvenance
@@ -121,6 +129,77 @@ def tiny_t5(seed: int = 0, **options: object) -> PreTrainedModel:
     return build(T5ForConditionalGeneration, T5Config(**settings | options), seed)
 
 
+def tiny_qwen3(seed: int = 0, **options: object) -> PreTrainedModel:
+    """Qwen 3: one key/value head for four queries, a head size of its own, norms on both."""
+    settings: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "pad_token_id": PAD,
+    }
+    return build(Qwen3ForCausalLM, Qwen3Config(**settings | options), seed)
+
+
+def tiny_phi3(seed: int = 0, **options: object) -> PreTrainedModel:
+    """Phi 3: query, key and value in one layer, gate and up in another."""
+    settings: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": PAD,
+        "bos_token_id": PAD,
+        "eos_token_id": PAD,
+    }
+    return build(Phi3ForCausalLM, Phi3Config(**settings | options), seed)
+
+
+def tiny_mamba(seed: int = 0, **options: object) -> PreTrainedModel:
+    """Mamba: a state-space model, without attention."""
+    settings: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "state_size": 4,
+        "num_hidden_layers": 2,
+        "time_step_rank": 3,
+        "initializer_range": 0.3,
+        "residual_in_fp32": False,  # which would round an fp64 model
+        "pad_token_id": PAD,
+        "bos_token_id": PAD,
+        "eos_token_id": PAD,
+    }
+    return build(MambaForCausalLM, MambaConfig(**settings | options), seed)
+
+
+def tiny_vit(seed: int = 0, **options: object) -> PreTrainedModel:
+    """ViT: patches of pictures instead of tokens."""
+    settings: dict[str, object] = {
+        "image_size": 8,
+        "patch_size": 4,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_labels": 3,
+    }
+    return build(ViTForImageClassification, ViTConfig(**settings | options), seed)
+
+
 def token_batch(lengths: Sequence[int], *, seed: int = 0, pad_to: int | None = None) -> Batch:
     """Random token rows of the given lengths, padded on the right, labels ignored at padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -154,12 +233,24 @@ def seq2seq_batch(lengths: Sequence[int], *, seed: int = 0) -> Batch:
     return token_batch(lengths, seed=seed) | {"labels": answers["labels"]}
 
 
+def image_batch(lengths: Sequence[int], *, seed: int = 0) -> Batch:
+    """For image classifiers: as many pictures as there are lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(len(lengths), 3, 8, 8, generator=generator)
+    labels = torch.randint(0, 3, (len(lengths),), generator=generator)
+    return {"pixel_values": pixels, "labels": labels}
+
+
 ARCHITECTURES: dict[str, tuple[Callable[..., PreTrainedModel], Callable[..., Batch]]] = {
     "llama": (tiny_llama, token_batch),
     "gpt2": (tiny_gpt2, token_batch),
     "bert-mlm": (tiny_bert_mlm, masked_batch),
     "bert-classifier": (tiny_bert_classifier, class_batch),
     "t5": (tiny_t5, seq2seq_batch),
+    "vit": (tiny_vit, image_batch),
+    "qwen3": (tiny_qwen3, token_batch),
+    "phi3": (tiny_phi3, token_batch),
+    "mamba": (tiny_mamba, token_batch),
 }
 """Name -> (model factory, batch factory), for tests over all architectures."""
 

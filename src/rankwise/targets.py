@@ -107,12 +107,17 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as `(d_out, d_in)`, dequantised where it is quantised."""
-    backend = resolve_quantization_backend(module)
+    # torchao's backend wants to know how to quantise again, which nobody does here
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=_not_quantised_again)
     if backend is not None:
         return backend.get_base_weight(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+def _not_quantised_again() -> object:
+    raise NotImplementedError("a weight is read here, never written")
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) -> Targets:
@@ -266,6 +271,11 @@ def _unusable(model: nn.Module, shapes: Mapping[str, LinearShape]) -> dict[str, 
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             reasons[f"{name}.out_proj"] = "read by MultiheadAttention without calling it"
+        if _is_mamba_mixer(module):
+            # transformers computes with the weight of one, its CUDA kernels with both; PEFT's LoRA
+            # refuses the other
+            for part in ("dt_proj", "out_proj"):
+                reasons[f"{name}.{part}"] = "read by a Mamba mixer without calling it"
         weight = getattr(module, "weight", None)
         if name in shapes and isinstance(weight, Tensor):
             owner = owners.setdefault(id(weight), name)
@@ -274,8 +284,15 @@ def _unusable(model: nn.Module, shapes: Mapping[str, LinearShape]) -> dict[str, 
     return {name: reason for name, reason in reasons.items() if name in shapes}
 
 
+def _is_mamba_mixer(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return "Mamba" in kind and kind.endswith("Mixer")
+
+
 def _expert_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+            if parameter.ndim != 3 or isinstance(module, nn.modules.conv._ConvNd):
+                continue
+            if len(parameter) > 1:  # one alone is a class token or a table of positions
                 yield name, parameter_name

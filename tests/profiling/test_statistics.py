@@ -1,4 +1,4 @@
-"""Gram matrix, Fisher information, convergence and dropped batches, against autograd."""
+"""Gram matrix, Fisher information and convergence; test_architectures.py has the real models."""
 
 from __future__ import annotations
 
@@ -14,46 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batch_reference import (
-    architectures,
     assert_close,
     batch_gradients,
     exact_gram,
     measure,
     model_and_batches,
-    precisions,
 )
 from rankwise.errors import FileError, ProfileError
 from rankwise.profiling import BatchLoss, GradientProfile, model_loss, profile_gradients
-from rankwise.profiling.loss import count_labels
 from rankwise.profiling.profile import centred_gram
 from rankwise.profiling.staging import prefixes
 from rankwise.profiling.statistics import sample_square_norms
 from rankwise.spectra import effective_rank, energy_rank, singular_values
-from rankwise.targets import find_targets
 from tiny_models import tiny_llama, token_batch
 
 
 class TestGram:
-    @precisions
-    @architectures
-    def test_against_autograd(self, architecture: str, dtype: torch.dtype, rel: float) -> None:
-        model, batches = model_and_batches(architecture)
-        expected = batch_gradients(model, batches)
-        profile = measure(model.to(dtype), batches, keep_gradients=True)
-        assert profile.gram is not None and profile.gradients is not None
-        assert list(profile.gram) == list(profile.modules)
-        items = torch.tensor(profile.provenance.batch_items, dtype=torch.float64)
-        weights = items / items.sum()
-        for name, gradients in expected.items():
-            gram = profile.gram[name]
-            assert gram.dtype == torch.float64
-            assert_close(gram, exact_gram(gradients), rel)
-            mean = sum(w * g for w, g in zip(weights.tolist(), gradients, strict=True))
-            assert_close(profile.gradients[name], mean, rel)
-            # the mean gradient's norm is in the Gram matrix too
-            square = float(weights @ gram @ weights) * len(batches)
-            assert profile.modules[name].gradient_norm ** 2 == pytest.approx(square, rel=1e-4)
-
     def test_the_mean_is_the_same_with_and_without(self) -> None:
         model, batches = model_and_batches("llama")
         with_gram = measure(model, batches, keep_gradients=True)
@@ -108,31 +84,6 @@ class TestGram:
 
 
 class TestFisher:
-    @precisions
-    @architectures
-    def test_against_one_sample_at_a_time(
-        self, architecture: str, dtype: torch.dtype, rel: float
-    ) -> None:
-        model, batches = model_and_batches(architecture)
-        samples = [
-            {k: v[i : i + 1] for k, v in b.items()}
-            for b in batches
-            for i in range(len(b["input_ids"]))
-        ]
-        expected: dict[str, float] = dict.fromkeys(find_targets(model), 0.0)
-        for sample, gradients in zip(
-            samples, zip(*batch_gradients(model, samples).values(), strict=True), strict=True
-        ):
-            items = count_labels(model, sample["labels"])
-            for name, gradient in zip(expected, gradients, strict=True):
-                # of the loss summed over the sample's items
-                expected[name] += float((gradient * items).square().mean()) / len(samples)
-        profile = measure(model.to(dtype), batches, statistics=("fisher",))
-        if architecture not in ("bert-mlm", "bert-classifier"):
-            rel = max(rel, 1e-6)  # transformers computes these losses in fp32 whatever the model
-        for name, value in expected.items():
-            assert profile.modules[name].fisher == pytest.approx(value, rel=rel), name
-
     @pytest.mark.parametrize(("tokens", "d_in", "d_out"), [(3, 8, 12), (40, 8, 12), (1, 1, 1)])
     def test_short_and_long_samples(self, tokens: int, d_in: int, d_out: int) -> None:
         uses = [(torch.randn(4, tokens, d_in), torch.randn(4, tokens, d_out)) for _ in range(2)]

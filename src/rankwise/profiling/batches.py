@@ -132,15 +132,19 @@ def run_forward(job: Job, batch: Batch, index: int) -> tuple[Tensor, int]:
             f"batch {index} is a {type(batch).__name__}; each batch must be a mapping from "
             "argument name to tensor, as a collator of transformers gives."
         )
-    device = next(job.model.parameters()).device
-    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    loss, items = job.loss_fn(job.model, on_device)
+    loss, items = job.loss_fn(job.model, on_device(job.model, batch))
     if items and not loss.requires_grad:
         raise ProfileError(
             f"the loss of batch {index} depends on none of the targets, so it has no gradient; "
             "check that loss_fn does not detach it and that targets are used."
         )
     return loss, items
+
+
+def on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch with its tensors on the model's device."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def batch_rows(batch: Batch) -> int:

@@ -44,16 +44,21 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
             "the batch holds no 'labels' tensor, so the model computes no loss; add labels (for "
             "causal language models a copy of input_ids) or pass loss_fn=."
         )
-    arguments = dict(batch)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        arguments.setdefault("use_cache", False)
-    loss = getattr(model(**arguments), "loss", None)
+    loss = getattr(model(**model_arguments(model, batch)), "loss", None)
     if not isinstance(loss, Tensor):
         raise ProfileError(
             f"{type(model).__name__} returned no loss for a batch with labels; pass loss_fn=, a "
             "function (model, batch) -> rankwise.BatchLoss(loss, items)."
         )
     return BatchLoss(loss, count_labels(model, labels))
+
+
+def model_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as arguments of the model's forward, which is to keep no cache."""
+    arguments = dict(batch)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments.setdefault("use_cache", False)
+    return arguments
 
 
 def count_labels(model: nn.Module, labels: Tensor) -> int:
@@ -63,12 +68,13 @@ def count_labels(model: nn.Module, labels: Tensor) -> int:
     encoder-decoders, masked models and token classifiers use every label that is not -100.
     """
     used = labels
-    if labels.ndim == 2 and _shifts_labels(model):
+    if labels.ndim == 2 and shifts_labels(model):
         used = labels[:, 1:]
     return int((used != IGNORED_LABEL).sum())
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the label of a token is what the token before it is to predict."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
