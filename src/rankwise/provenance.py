@@ -34,6 +34,8 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(body.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if hasattr(parameter, "tensor_data_names"):
+            continue  # torchao's, which says that it is fp32
         if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
             flat = parameter.detach().reshape(-1)
             at = torch.linspace(0, flat.numel() - 1, _SAMPLES_PER_PARAMETER, dtype=torch.float64)

@@ -20,7 +20,7 @@ from gradient_reference import (
     model_and_batches,
 )
 from rankwise.errors import TargetError
-from rankwise.profiling import BatchLoss, profile_gradients
+from rankwise.profiling import BatchLoss, model_loss, profile_gradients
 from rankwise.profiling.loss import count_labels
 from rankwise.targets import find_targets
 from tiny_models import (
@@ -88,6 +88,24 @@ class TestWeighting:
         )
         plain = (each[0][name] + each[1][name]) / 2
         assert float((profile.gradients[name] - plain).norm() / plain.norm()) > 0.05
+
+    @pytest.mark.parametrize("engine", ["hooks", "sweep"])
+    @pytest.mark.parametrize("scale", [1e-6, 3.0, 1e6])
+    def test_scale_of_the_loss_leaves_gid_alone(
+        self, tiny_llama: PreTrainedModel, scale: float, engine: str
+    ) -> None:
+        def scaled(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            loss, items = model_loss(model, batch)
+            return BatchLoss(loss * scale, items)
+
+        batches = [token_batch([9, 6], seed=1), token_batch([5, 4, 7], seed=2)]
+        plain = measure(tiny_llama, batches, engine=engine)
+        other = measure(tiny_llama, batches, engine=engine, loss_fn=scaled)
+        assert other.provenance.engine == engine
+        assert other.gid == pytest.approx(plain.gid, rel=1e-5)
+        for name, entry in other.modules.items():
+            expected = scale * plain.modules[name].gradient_norm
+            assert entry.gradient_norm == pytest.approx(expected, rel=1e-5)
 
     def test_classifier_counts_rows(self) -> None:
         model, batches = model_and_batches("bert-classifier")
@@ -164,6 +182,15 @@ class TestOddUses:
         assert profile.singular_values["never"].tolist() == [0.0] * 6
         assert profile.gradients is not None
         assert profile.gradients["never"].shape == (6, 6)
+
+    def test_tied_layers_count_once(self) -> None:
+        model = Shared()
+        model.sometimes.weight = model.twice.weight
+        found = find_targets(model)
+        assert set(found) == {"embedding", "twice", "never"}
+        assert found.left_out["sometimes"] == "tied: it shares its weight with twice"
+        profile = measure(model, [shared_batch(0, ask=True)])
+        assert profile.modules["twice"].rows == 10  # not the use under another name
 
     def test_module_of_some_batches_is_averaged_over_all_items(self) -> None:
         model = Shared()

@@ -75,9 +75,10 @@ class TestEverythingIsGivenBack:
         before.assert_unchanged()
         assert profile.provenance.train_mode is train_mode
 
+    @pytest.mark.parametrize("engine", ["hooks", "sweep"])
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
     def test_after_an_error_in_the_loader(
-        self, uneven_model: PreTrainedModel, error: type[BaseException]
+        self, uneven_model: PreTrainedModel, error: type[BaseException], engine: str
     ) -> None:
         def loader() -> Iterator[Batch]:
             yield token_batch([6])
@@ -86,7 +87,7 @@ class TestEverythingIsGivenBack:
 
         before = Snapshot(uneven_model)
         with pytest.raises(error, match="from the loader"):
-            profile_gradients(uneven_model, loader(), train_mode=True)
+            profile_gradients(uneven_model, loader(), train_mode=True, engine=engine)
         before.assert_unchanged()
 
     @pytest.mark.parametrize("when", ["before", "after"])
@@ -179,22 +180,30 @@ class TestModes:
             assert_gradients(measure(tiny_llama, batches), expected, 1e-5)
 
 
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
 class TestHalfPrecision:
-    def test_bf16_model_gives_fp32_statistics(self) -> None:
-        model, batches = tiny_llama().to(torch.bfloat16), [token_batch([9, 6])]
+    @halves
+    def test_half_model_gives_fp32_statistics(self, dtype: torch.dtype) -> None:
+        model, batches = tiny_llama().to(dtype), [token_batch([9, 6])]
         profile = measure(model, batches)
-        assert profile.provenance.dtype == "bfloat16"
+        assert f"torch.{profile.provenance.dtype}" == str(dtype)
         assert profile.gradients is not None
         for name, gradient in profile.gradients.items():
             assert gradient.dtype == torch.float32
-            # more digits than bf16 holds: the sums were not rounded on the way
-            assert not torch.equal(gradient, gradient.to(torch.bfloat16).float()), name
+            # more digits than a half holds: the sums were not rounded on the way
+            assert not torch.equal(gradient, gradient.to(dtype).float()), name
             assert profile.singular_values[name].dtype == torch.float64
 
-    def test_bf16_gid_is_close_to_fp32(self) -> None:
-        model = tiny_llama(initializer_range=0.1).to(torch.bfloat16)
+    @halves
+    @pytest.mark.parametrize("engine", ["hooks", "sweep"])
+    def test_gid_is_close_to_fp32(self, dtype: torch.dtype, engine: str) -> None:
+        model = tiny_llama(initializer_range=0.1).to(dtype)
         batches = [token_batch([12, 12, 12, 12], seed=i) for i in range(4)]
-        half, full = measure(model, batches), measure(model.float(), batches)
+        half = measure(model, batches, engine=engine)
+        full = measure(model.float(), batches, engine=engine)
+        assert half.provenance.engine == engine
         for name, gid in full.gid.items():
             assert half.gid[name] == pytest.approx(gid, rel=0.05), name
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ProfileError
-from rankwise.profiling import BatchLoss, profile_gradients
+from rankwise.profiling import BatchLoss, model_loss, profile_gradients
 from rankwise.targets import find_targets
 from sweep_reference import ALL, assert_same, measure, model_and_batches
 from tiny_models import tiny_gpt2, tiny_llama, token_batch
@@ -52,6 +52,29 @@ class TestAgainstHooks:
         found = measure(model, batches)
         assert found.provenance.engine == "sweep"
         assert_same(found, measure(model, batches, engine="hooks"), 5e-2)
+
+    @pytest.mark.parametrize("where", ["everything", "the first layer"])
+    def test_autocast(self, where: str) -> None:
+        """A layer is run again in the precision that it ran in."""
+
+        def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            with torch.autocast("cpu", torch.bfloat16, enabled=where == "everything"):
+                return model_loss(model, batch)
+
+        model, batches = model_and_batches("llama")
+        if where == "the first layer":
+            layer = model.model.layers[0]
+            layer.forward = torch.autocast("cpu", torch.bfloat16)(layer.forward)
+        found = measure(model, batches, loss_fn=loss_fn)
+        assert found.provenance.engine == "sweep"
+        assert found.gradients is not None
+        assert {gradient.dtype for gradient in found.gradients.values()} == {torch.float32}
+        assert_same(found, measure(model, batches, loss_fn=loss_fn, engine="hooks"), 1e-5)
+        plain = measure(tiny_llama(), batches).gradients
+        assert plain is not None
+        for name, gradient in found.gradients.items():
+            error = float((gradient - plain[name]).norm() / plain[name].norm())
+            assert 1e-5 < error < 0.1, name
 
     def test_unlabelled_batches(self) -> None:
         model, batches = model_and_batches("llama")

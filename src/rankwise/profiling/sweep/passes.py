@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Batch, Job, batch_rows, is_finite, run_forward
 from rankwise.profiling.capture import capture_gradients
 from rankwise.profiling.sweep.head import ChunkedLoss
@@ -79,7 +80,11 @@ def run_top(
     recorder = Recorder(job, structure)
     with recorder.running(structure.outside, statistics.consume):
         chunks = loss.forward(job, batch) if loss is not None else None
-        total, items = (chunks.loss, chunks.items) if chunks else run_forward(job, batch, index)
+        try:
+            total, items = (chunks.loss, chunks.items) if chunks else run_forward(job, batch, index)
+        except ProfileError:
+            recorder.check()  # a last layer that is not called explains a loss without gradient
+            raise
         if not items:
             return None, None
         recorder.check()
