@@ -149,25 +149,52 @@ def new_folder(path: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         FileError: `path` holds something else, or cannot be written; what was there is untouched.
     """
+    with draft_folder(path, marker=marker) as temporary, write_errors_explained(path):
+        yield temporary
+        publish(temporary, path)
+
+
+@contextmanager
+def draft_folder(path: Path, *, marker: str) -> Iterator[Path]:
+    """A temporary folder beside `path` that vanishes with the block, unless it was published.
+
+    Unlike `new_folder` it leaves errors of the block as they are, for a block that does more than
+    write.
+
+    Raises:
+        FileError: As `new_folder`.
+    """
     check_replaceable(path, marker=marker)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        os.chmod(temporary, 0o777 & ~_umask())
+        with write_errors_explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        _swap(temporary, path)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Let a draft become the folder `path`, whole."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _fsync(file)
+    _swap(temporary, path)
+
+
+@contextmanager
+def write_errors_explained(path: Path) -> Iterator[None]:
+    """Errors of the disk inside the block become a `FileError` about `path`."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise FileError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); nothing "
             "was changed. Free some space or choose another place."
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_replaceable(path: Path, *, marker: str) -> None:

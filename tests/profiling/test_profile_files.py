@@ -237,7 +237,7 @@ class TestBadFiles:
         [
             (lambda a: a[NAME].view(-1)[0].fill_(float("nan")), "not finite"),
             (lambda a: a[NAME].view(-1)[0].fill_(float("inf")), "not finite"),
-            (lambda a: a.update({NAME: a[NAME].long()}), "not finite"),
+            (lambda a: a.update({NAME: a[NAME].long()}), "holds no floats"),
             (lambda a: a.update({NAME: a[NAME][:-1].clone()}), r"has shape \(.*, expected \("),
             (lambda a: a.update({NAME: a[NAME][None].clone()}), r"has shape \(1, .*, expected \("),
             (lambda a: a.pop(NAME), f"no array for module {NAME}"),
@@ -249,7 +249,7 @@ class TestBadFiles:
     ) -> None:
         edit_arrays(folder, file, change)
         with pytest.raises(FileError, match=message) as info:
-            GradientProfile.load(folder)
+            dict(GradientProfile.load(folder).gradients or {})  # values are checked when read
         assert str(folder / file) in str(info.value)
 
     def test_negative_singular_value(self, folder: Path) -> None:

@@ -21,13 +21,14 @@ from rankwise.profiling.staging import prefixes
 from rankwise.spectra import effective_rank, energy_crossing, gram_eigenvalues
 from rankwise.tables import layer_table
 from rankwise.targets import LinearShape
+from rankwise.tensor_files import ArrayLayout, LazyTensors, TensorWriter, layout_of
 
 SCHEMA_VERSION = 2
 PROFILE_FILE = "profile.json"
 SETTLED = 0.1
 """Largest change of the mean GID in the last doubling of a profile that is big enough."""
 _SPECTRA_FILE = "spectra.safetensors"
-_GRADIENTS_FILE = "gradients.safetensors"
+GRADIENTS_FILE = "gradients.safetensors"
 _GRAM_FILE = "gram.safetensors"
 _CONVERGENCE_FILE = "convergence.safetensors"
 _FORBID = ConfigDict(extra="forbid")
@@ -126,7 +127,8 @@ class GradientProfile:
         modules: Scalars per module, in model order.
         singular_values: Spectrum of each module's mean gradient, fp64, largest first.
         provenance: Model, data, N, tokens, dtype, versions.
-        gradients: The mean gradients themselves, fp32 `(d_out, d_in)`, if they were kept.
+        gradients: The mean gradients themselves, fp32 `(d_out, d_in)`, if they were kept. Of a
+            loaded profile each is read from the disk when it is asked for.
         gram: Gram matrix `C (M, M)` of each module's batch gradients, `<G_a, G_b> / M`, fp64,
             uncentred, if it was measured.
         convergence: GID of each module's mean over the first 1, 2, 4, ..., N batches
@@ -228,15 +230,28 @@ class GradientProfile:
         Raises:
             FileError: It holds something else or cannot be written; nothing was changed.
         """
-        document = _ProfileDocument(SCHEMA_VERSION, self.provenance, dict(self.modules))
         with new_folder(Path(folder), marker=PROFILE_FILE) as new:
-            text = json.dumps(asdict(document), indent=2, allow_nan=False)
-            (new / PROFILE_FILE).write_text(text + "\n", encoding="utf-8")
-            save_file(dict(self.singular_values), new / _SPECTRA_FILE)
-            for file, arrays in self._optional_arrays().items():
-                if arrays is not None:
-                    contiguous = {name: array.contiguous() for name, array in arrays.items()}
-                    save_file(contiguous, new / file)
+            self.write_into(new)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the files of a profile into an existing folder, gradients one at a time."""
+        document = _ProfileDocument(SCHEMA_VERSION, self.provenance, dict(self.modules))
+        text = json.dumps(asdict(document), indent=2, allow_nan=False)
+        (folder / PROFILE_FILE).write_text(text + "\n", encoding="utf-8")
+        save_file(dict(self.singular_values), folder / _SPECTRA_FILE)
+        for file, arrays in ((_GRAM_FILE, self.gram), (_CONVERGENCE_FILE, self.convergence)):
+            if arrays is not None:
+                contiguous = {name: array.contiguous() for name, array in arrays.items()}
+                save_file(contiguous, folder / file)
+        if self.gradients is not None:
+            writer = TensorWriter(folder / GRADIENTS_FILE, layout_of(self.gradients))
+            try:
+                for name, gradient in self.gradients.items():
+                    writer.write(name, gradient)
+            except BaseException:
+                writer.abandon()
+                raise
+            writer.close()
 
     @classmethod
     def load(cls, folder: str | Path) -> GradientProfile:
@@ -257,20 +272,13 @@ class GradientProfile:
         )
         _check_sign(spectra, folder / _SPECTRA_FILE, "singular value")
         shapes = {name: (m.d_out, m.d_in) for name, m in modules.items()}
-        gradients = _read_if_there(folder / _GRADIENTS_FILE, shapes)
+        gradients = read_gradients(folder, shapes)
         gram = _read_if_there(folder / _GRAM_FILE, dict.fromkeys(modules, (n, n)))
         _check_symmetry(gram or {}, folder / _GRAM_FILE)
         curve = dict.fromkeys(modules, (len(prefixes(n)),))
         convergence = _read_if_there(folder / _CONVERGENCE_FILE, curve)
         _check_sign(convergence or {}, folder / _CONVERGENCE_FILE, "dimension")
         return cls(modules, spectra, document.provenance, gradients, gram, convergence)
-
-    def _optional_arrays(self) -> dict[str, Mapping[str, Tensor] | None]:
-        return {
-            _GRADIENTS_FILE: self.gradients,
-            _GRAM_FILE: self.gram,
-            _CONVERGENCE_FILE: self.convergence,
-        }
 
     def __str__(self) -> str:
         p = self.provenance
@@ -294,8 +302,25 @@ def centred_gram(gram: Tensor) -> Tensor:
 
 def _read(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     arrays = read_tensors(path, path.stem)
-    _check_arrays(arrays, expected, path)
+    _check_layout(layout_of(arrays), expected, path)
+    for name, array in arrays.items():
+        if not bool(torch.isfinite(array).all()):
+            raise FileError(f"{path}: array of module {name} is not finite; profile again.")
     return {name: arrays[name] for name in expected}
+
+
+def read_gradients(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> LazyTensors | None:
+    """The gradients of a saved profile, if it holds them; their values are read when asked for.
+
+    Raises:
+        FileError: The file is malformed, or its arrays are not those expected.
+    """
+    path = folder / GRADIENTS_FILE
+    if not path.exists():
+        return None
+    gradients = LazyTensors(path, path.stem)
+    _check_layout(gradients.layout, expected, path)
+    return gradients.in_order(expected)
 
 
 def _read_if_there(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
@@ -318,20 +343,20 @@ def _check_symmetry(grams: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def _check_arrays(
-    arrays: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path
+def _check_layout(
+    layout: Mapping[str, ArrayLayout], expected: Mapping[str, tuple[int, ...]], path: Path
 ) -> None:
     for name, shape in expected.items():
-        if name not in arrays:
+        if name not in layout:
             raise FileError(f"{path}: holds no array for module {name}; profile again.")
-        found = arrays[name]
-        if tuple(found.shape) != shape:
+        found = layout[name]
+        if found.shape != shape:
             raise FileError(
-                f"{path}: array of module {name} has shape {tuple(found.shape)}, expected {shape}; "
+                f"{path}: array of module {name} has shape {found.shape}, expected {shape}; "
                 "profile again."
             )
-        if not found.is_floating_point() or not bool(torch.isfinite(found).all()):
-            raise FileError(f"{path}: array of module {name} is not finite; profile again.")
-    for name in arrays:
+        if found.dtype is None or not found.dtype.is_floating_point:
+            raise FileError(f"{path}: array of module {name} holds no floats; profile again.")
+    for name in layout:
         if name not in expected:
             raise FileError(f"{path}: holds an array for an unknown module {name!r}.")
