@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,27 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class DataFingerprint:
-    """A hash over the batches that were seen, in order."""
+def batch_digest(batch: Mapping[str, Any]) -> bytes:
+    """A hash of one batch: names, shapes and values of its tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(batch):
+        value = batch[key]
+        if isinstance(value, Tensor):
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            plain = value.detach().cpu().contiguous()
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+
+class DataFingerprint:
+    """A hash over the batches that were seen, in order, through a hash of each."""
+
+    def __init__(self, digests: Iterable[bytes] = ()) -> None:
+        self._digest = hashlib.sha256(b"".join(digests))
 
     def update(self, batch: Mapping[str, Any]) -> None:
-        """Add one batch: names, shapes and values of its tensors."""
-        for key in sorted(batch):
-            value = batch[key]
-            if isinstance(value, Tensor):
-                self._digest.update(f"{key}{tuple(value.shape)}".encode())
-                plain = value.detach().cpu().contiguous()
-                self._digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        """Add one batch."""
+        self._digest.update(batch_digest(batch))
 
     def hexdigest(self) -> str:
         """Sixteen hexadecimal digits."""

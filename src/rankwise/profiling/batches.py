@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rankwise.errors import ProfileError, nearest
 from rankwise.profiling.loss import LossFunction
-from rankwise.profiling.statistics import Statistic
-from rankwise.provenance import DataFingerprint
+from rankwise.profiling.statistics import Statistic, Stream
+from rankwise.profiling.workers import Workers
+from rankwise.provenance import DataFingerprint, batch_digest
 from rankwise.targets import Targets
 
 MAX_DROPPED = 0.1
@@ -37,6 +38,8 @@ class Job:
     batches: int
     train_mode: bool
     progress: bool
+    workers: Workers = field(default_factory=Workers)
+    make_stream: Callable[[str], Stream] | None = None
 
 
 @dataclass
@@ -52,16 +55,27 @@ class Ledger:
     """Indices in the loader of batches without a labelled item."""
     dropped: dict[int, str] = field(default_factory=dict)
     """Index -> the module where a NaN or an infinity was met first in the backward pass."""
-    data: DataFingerprint = field(default_factory=DataFingerprint)
+    digests: list[str] = field(default_factory=list)
+    """A hash of each batch that counted, hexadecimal."""
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Of the batches that counted."""
+        return DataFingerprint(map(bytes.fromhex, self.digests)).hexdigest()
+
+    def place(self, index: int) -> int:
+        """The number of a batch among all that were asked for."""
+        return index
 
     def count(self, batch: Batch, items: int) -> None:
         """A batch that counts."""
         self.rows.append(batch_rows(batch))
         self.items.append(items)
-        self.data.update(batch)
+        self.digests.append(batch_digest(batch).hex())
 
     def skip(self, index: int) -> None:
         """A batch without a labelled item."""
+        index = self.place(index)
         logger.warning("batch %d has no labelled item and is skipped", index)
         self.unlabelled.append(index)
 
@@ -71,6 +85,7 @@ class Ledger:
         Raises:
             ProfileError: More than a tenth of the batches asked for are dropped.
         """
+        index = self.place(index)
         self.dropped[index] = module
         if len(self.dropped) > MAX_DROPPED * self.asked:
             raise self._too_many(index)

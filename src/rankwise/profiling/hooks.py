@@ -30,7 +30,7 @@ def hook_engine(
     Raises:
         ProfileError: See `profile_gradients`.
     """
-    statistics = StreamingStatistics(job.selected, job.wanted)
+    statistics = StreamingStatistics(job.selected, job.wanted, job.make_stream)
     seen = 0
     shown = with_progress(batches, job.batches, "measuring gradients", job.progress)
     with (

@@ -5,25 +5,40 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from itertools import islice
-from pathlib import PurePath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rankwise.errors import ProfileError, nearest
 from rankwise.profiling.batches import Batch, Job, Ledger, check_statistics
 from rankwise.profiling.hooks import hook_engine
+from rankwise.profiling.keep import Keeper, keeper
 from rankwise.profiling.loss import LossFunction, model_loss
 from rankwise.profiling.profile import GradientProfile, ProfileProvenance
 from rankwise.profiling.reduce import Found
-from rankwise.profiling.statistics import ModuleResult, Statistic
+from rankwise.profiling.shared import (
+    Counts,
+    Results,
+    Share,
+    SharedLedger,
+    complete_,
+    divided,
+    is_sharded,
+    keeps_batches,
+    stream_maker,
+)
+from rankwise.profiling.staging import wide_dtype
+from rankwise.profiling.statistics import Statistic
 from rankwise.profiling.sweep import UnsuitableError, sweep_engine
+from rankwise.profiling.workers import Distributed, OthersUnsuitableError, find_workers
 from rankwise.provenance import model_fingerprint, versions
-from rankwise.targets import find_targets
+from rankwise.targets import Targets, find_targets
 
 Engine = Literal["auto", "hooks", "sweep"]
 """How gradients are reached: see `profile_gradients`."""
@@ -43,6 +58,8 @@ def profile_gradients(
     keep_gradients: bool = False,
     engine: Engine = "auto",
     progress: bool = True,
+    out: str | Path | None = None,
+    distributed: Distributed = "auto",
 ) -> GradientProfile:
     """Measure the gradient of every target layer on the user's own data, without training.
 
@@ -53,7 +70,8 @@ def profile_gradients(
     and named in the provenance; what holding back a batch costs in memory is said at
     `StreamingStatistics`. With `"gram"` the gradients of all M batches are kept until the last, of
     one layer by the sweep and of every layer by hooks, each as the smaller of a fp32 matrix of the
-    weight's size and its input and output gradient.
+    weight's size and its input and output gradient; several workers do the same for
+    `"convergence"`.
     The weights stay frozen and no optimizer steps; mode, `requires_grad`, hooks and random state
     are as before afterwards, also after an error.
 
@@ -76,75 +94,158 @@ def profile_gradients(
         engine: `"hooks"` measures any model and loss in one backward pass a batch. `"sweep"` goes
             through a transformers stack layer by layer, so that only one layer's gradients are
             alive (see `rankwise.profiling.sweep`); it is compared with hooks on one batch first and
-            gives way to them, with a message, where it does not fit. `"auto"`: the sweep for
-            `"gram"`, else hooks. The sweep takes all batches from the loader first and calls
-            `loss_fn` twice more on one of them.
+            gives way to them, with a message, where it does not fit. `"auto"`: the sweep where
+            batch gradients are kept, as for `"gram"`, else hooks. The sweep takes all batches from
+            the loader first and calls `loss_fn` twice more on one of them.
         progress: Show a progress bar on the terminal.
+        out: Folder to save the profile in, as `GradientProfile.save`. Gradients that are kept are
+            written there module by module and never held together: the folder is built beside its
+            place and put there when all is measured, or removed. Under several workers the first
+            one writes, and only its profile has the gradients.
+        distributed: What several processes (torchrun, accelerate) do once
+            `torch.distributed` is initialised. `"split"`: each loader gives the same batches, and
+            worker k of n measures batches k, k + n, ...; that they are the same is checked.
+            `"sharded"`: each loader gives its worker's own share, as one that
+            `Accelerator.prepare` returned or one with a `DistributedSampler`; `batches` counts
+            those of all workers, and batch k of all is the next one of worker `k mod n`.
+            `"auto"`: sharded if the loader is known to be, else split. `"off"`: everything in this
+            process. Every worker ends with the same profile, bit for bit, which is that of one
+            process but for the order of sums (and, with `train_mode`, each worker's own dropout). A
+            failure of one worker is an error on all.
 
     Returns:
-        The profile, on the CPU.
+        The profile, on the CPU, or with its gradients in `out`.
 
     Raises:
         TargetError: The targets match nothing usable.
         ProfileError: No batch, no labels, every gradient zero, an unknown statistic or engine, more
             than a tenth of the batches dropped (names a module and a batch), a model wrapped in
-            DataParallel, or too little memory (names the settings that need less).
+            DataParallel or sharded over workers, another worker's failure, workers that differ, or
+            too little memory (names the settings that need less).
+        FileError: `out` cannot be written; what was there is as before.
     """
-    if isinstance(model, nn.DataParallel):
-        raise ProfileError(
-            "DataParallel splits batches where hooks do not follow; pass model.module, on one "
-            "device, or run one process a device (torchrun) with a share of the data each and "
-            "GradientProfile.merge."
+    workers = find_workers(distributed)
+    with workers.failing_together(), _memory_errors_explained():
+        model = _unwrapped(model)
+        settings = _Settings(
+            find_targets(model, targets),
+            check_statistics(statistics),
+            _check_engine(engine),
+            _check_count(batches),
+            train_mode,
         )
-    if batches < 1:
-        raise ProfileError(f"batches={batches}: at least one batch is needed.")
-    selected = find_targets(model, targets)
-    wanted = check_statistics(statistics)
-    if engine not in get_args(Engine):
-        raise ProfileError(f"engine={engine!r}; {nearest(engine, get_args(Engine))}")
-    job = Job(model, selected, loss_fn, wanted, batches, train_mode, progress)
+        workers.check_same(settings.facts(model))
+        sharded = distributed == "sharded" or (distributed == "auto" and is_sharded(batches_of))
+        share = Share(workers, batches, sharded=sharded)
+        ledger = Ledger(batches) if workers.size == 1 else SharedLedger(batches, workers, share)
+        first = workers.rank == 0
+        job = Job(
+            model,
+            settings.selected,
+            loss_fn,
+            settings.wanted,
+            share.batches,
+            train_mode,
+            progress=progress and first,
+            workers=workers,
+            make_stream=stream_maker(settings.wanted, ledger, keep_gradients=keep_gradients),
+        )
+        dtype = wide_dtype(next(model.parameters()).dtype)
+        kept = keep_gradients and (first or out is None)
+        with keeper(out if first else None, job.selected, dtype, gradients=kept) as keep:
+            profile = keep.finish(_measure(job, share.of(batches_of), ledger, engine, keep))
+        workers.any(True, "the end")  # a disk that is full at the first worker is everyone's error
+    return profile
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is to be measured, checked; every worker's must be the same."""
+
+    selected: Targets
+    wanted: frozenset[Statistic]
+    engine: str
+    batches: int
+    train_mode: bool
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """In words, with the model."""
+        return {
+            "model": model_fingerprint(model),
+            "targets": list(self.selected),
+            "statistics": sorted(self.wanted),
+            "engine": self.engine,
+            "batches": self.batches,
+            "train_mode": self.train_mode,
+        }
+
+
+def _measure(
+    job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str, keep: Keeper
+) -> GradientProfile:
+    """Run the engine, and turn what it gives into a profile without gradients."""
     started = time.perf_counter()
-    ledger = Ledger(batches)
-    found = Found(job, keep_gradients=keep_gradients)
+    found = Found(job)
     with (
-        _memory_errors_explained(),
+        ExitStack() as generators,
         torch.enable_grad(),
-        _mode(model, train=train_mode),
+        _mode(job.model, train=job.train_mode),
         _random_state_kept(),
     ):
-        results = _run_engine(job, islice(iter(batches_of), batches), ledger, engine)
-        with closing(results):
+        results = generators.enter_context(closing(_run_engine(job, batches, ledger, engine)))
+        results = generators.enter_context(closing(_kept(results, keep)))
+        if isinstance(ledger, SharedLedger):
+            counts: Counts = {}
+            results = divided(results, job.selected, job.workers, counts)
+            with closing(results):
+                used = found.add_all(results)
+            complete_(found, counts, ledger)
+        else:
             used = found.add_all(results)
-    provenance = ProfileProvenance(
-        model=model_name(model),
-        model_fingerprint=model_fingerprint(model),
-        data_fingerprint=ledger.data.hexdigest(),
+    return found.profile(_provenance(job, ledger, used, time.perf_counter() - started))
+
+
+def _kept(results: Results, keep: Keeper) -> Results:
+    """The results, each offered to the keeper first."""
+    while True:
+        try:
+            name, result = next(results)
+        except StopIteration as end:
+            return str(end.value)
+        keep.keep(name, result)
+        yield name, result
+
+
+def _provenance(job: Job, ledger: Ledger, engine: str, seconds: float) -> ProfileProvenance:
+    return ProfileProvenance(
+        model=model_name(job.model),
+        model_fingerprint=model_fingerprint(job.model),
+        data_fingerprint=ledger.data_fingerprint,
         batches=len(ledger.items),
         batch_sizes=ledger.rows,
         batch_items=ledger.items,
         dropped_batches=sorted(ledger.dropped),
         unlabelled_batches=ledger.unlabelled,
         tokens=sum(ledger.items),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        train_mode=train_mode,
-        engine=used,
-        seconds=round(time.perf_counter() - started, 3),
+        dtype=str(next(job.model.parameters()).dtype).removeprefix("torch."),
+        train_mode=job.train_mode,
+        engine=engine,
+        seconds=round(max(job.workers.gather_values(seconds, "seconds")), 3),
         versions=versions(),
     )
-    return found.profile(provenance)
 
 
-def _run_engine(
-    job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str
-) -> Generator[tuple[str, ModuleResult], None, str]:
+def _run_engine(job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str) -> Results:
     """Give out the modules' results, some perhaps twice; returns the engine that made them."""
-    if engine == "hooks" or (engine == "auto" and "gram" not in job.wanted):
+    if engine == "hooks" or (engine == "auto" and not keeps_batches(job.wanted, job.workers.size)):
         yield from hook_engine(job, batches, ledger)
         return "hooks"
     taken = list(batches)
     try:
         yield from sweep_engine(job, taken, ledger)
-    except UnsuitableError as reason:
+    except (UnsuitableError, OthersUnsuitableError) as reason:
+        if isinstance(reason, UnsuitableError):
+            job.workers.tell_unsuitable(str(reason))
         level = logging.INFO if engine == "auto" else logging.WARNING
         logger.log(level, "the layer sweep does not fit: %s; measuring by hooks instead", reason)
     else:
@@ -191,6 +292,45 @@ def _memory_errors_explained() -> Iterator[None]:
             "batch, shorter sequences, fewer targets, engine='sweep', without keep_gradients, or "
             "with the model in bfloat16."
         ) from error
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whose modules have the names that a plan is to use.
+
+    Raises:
+        ProfileError: It is wrapped in what hides its layers or splits its weights.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ProfileError(
+            "DataParallel splits batches where hooks do not follow; pass model.module, on one "
+            "device, or run one process a device: torchrun --nproc-per-node=N."
+        )
+    if isinstance(model, DistributedDataParallel):
+        return _unwrapped(model.module)  # its hooks would average gradients; these are frozen
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise ProfileError(
+                f"parameter {name} is sharded over workers (FSDP2 or tensor parallel); profile "
+                "before the model is sharded, each worker with the whole model."
+            )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ProfileError(
+            "the model is wrapped in FullyShardedDataParallel; profile before wrapping it, each "
+            "worker with the whole model."
+        )
+    return model
+
+
+def _check_engine(engine: str) -> str:
+    if engine not in get_args(Engine):
+        raise ProfileError(f"engine={engine!r}; {nearest(engine, get_args(Engine))}")
+    return engine
+
+
+def _check_count(batches: int) -> int:
+    if batches < 1:
+        raise ProfileError(f"batches={batches}: at least one batch is needed.")
+    return batches
 
 
 def model_name(model: nn.Module) -> str:

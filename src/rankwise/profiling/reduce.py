@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock
@@ -16,7 +16,7 @@ from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Job
 from rankwise.profiling.parallel import map_in_order
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
-from rankwise.profiling.staging import TokenGradient, dense
+from rankwise.profiling.staging import TokenGradient
 from rankwise.profiling.statistics import ModuleResult, sensitivity
 from rankwise.spectra import singular_values, triangular_factor
 from rankwise.targets import linear_weight
@@ -31,7 +31,6 @@ class _Reduced:
     name: str
     statistics: ModuleStatistics
     spectrum: Tensor
-    gradient: Tensor | None
     gram: Tensor | None
     convergence: Tensor | None
 
@@ -43,11 +42,13 @@ class Found:
     many gradients wait as there are threads.
     """
 
-    def __init__(self, job: Job, *, keep_gradients: bool) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._keep_gradients = keep_gradients
         self._triangle = _LastTriangle()
-        self._modules: dict[str, _Reduced] = {}
+        self.modules: dict[str, ModuleStatistics] = {}
+        self.spectra: dict[str, Tensor] = {}
+        self.gram: dict[str, Tensor] = {}
+        self.convergence: dict[str, Tensor] = {}
 
     def add_all(self, results: Generator[tuple[str, ModuleResult], None, str]) -> str:
         """Add every result; returns what the generator returns."""
@@ -62,8 +63,16 @@ class Found:
             for reduced in all_reduced:
                 if not reduced.statistics.has_gradient:
                     logger.warning("%s: its gradient is zero on every batch", reduced.name)
-                self._modules[reduced.name] = reduced
+                self._add(reduced)
         return returned[0]
+
+    def _add(self, reduced: _Reduced) -> None:
+        self.modules[reduced.name] = reduced.statistics
+        self.spectra[reduced.name] = reduced.spectrum
+        if reduced.gram is not None:
+            self.gram[reduced.name] = reduced.gram
+        if reduced.convergence is not None:
+            self.convergence[reduced.name] = reduced.convergence
 
     def _reduce(self, named: tuple[str, ModuleResult]) -> _Reduced:
         """One module's statistics; runs beside others."""
@@ -90,24 +99,22 @@ class Found:
             zero_batches=result.zero_batches,
             fisher=result.fisher,
         )
-        kept = dense(gradient).cpu() if self._keep_gradients else None
         gids = torch.tensor(result.gids, dtype=torch.float64) if result.gids else None
-        return _Reduced(name, statistics, spectrum, kept, result.gram, gids)
+        return _Reduced(name, statistics, spectrum, result.gram, gids)
 
     def profile(self, provenance: ProfileProvenance) -> GradientProfile:
         """The profile, with the modules in model order."""
-        found = {name: self._modules[name] for name in self._job.selected}
-        if not any(reduced.statistics.has_gradient for reduced in found.values()):
+        if not any(entry.has_gradient for entry in self.modules.values()):
             raise ProfileError(
                 "the gradient of every target is zero; check that the loss depends on the model."
             )
+        names = self._job.selected
         return GradientProfile(
-            {name: reduced.statistics for name, reduced in found.items()},
-            {name: reduced.spectrum for name, reduced in found.items()},
+            {name: self.modules[name] for name in names},
+            {name: self.spectra[name] for name in names},
             provenance,
-            gradients=_measured({name: reduced.gradient for name, reduced in found.items()}),
-            gram=_measured({name: reduced.gram for name, reduced in found.items()}),
-            convergence=_measured({name: reduced.convergence for name, reduced in found.items()}),
+            gram=_in_order(self.gram, names),
+            convergence=_in_order(self.convergence, names),
         )
 
 
@@ -128,6 +135,5 @@ class _LastTriangle:
             return self._triangle
 
 
-def _measured(arrays: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:
-    """The arrays that there are; every module has one or none has."""
-    return {name: array for name, array in arrays.items() if array is not None} or None
+def _in_order(arrays: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor] | None:
+    return {name: arrays[name] for name in names} if arrays else None

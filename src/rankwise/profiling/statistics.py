@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,6 +23,10 @@ _ENTRIES = 2**18
 """Entries of the weight that a sensitivity looks at at a time, about a core's cache."""
 Statistic = Literal["mean", "gram", "fisher", "convergence"]
 """What a profile can hold: see `profile_gradients`."""
+
+
+Stream = GradientSum | KeptGradients
+"""What a module's batch gradients go into."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class ModuleResult:
 
 @dataclass
 class _Module:
-    stream: GradientSum | KeptGradients
+    stream: Stream
     rows: int = 0
     batches: int = 0
     zero_batches: int = 0
@@ -101,17 +105,27 @@ class StreamingStatistics:
     end instead of the sum, one and a half times the weight's size at most.
     """
 
-    def __init__(self, modules: Iterable[str], wanted: Iterable[Statistic] = ()) -> None:
+    def __init__(
+        self,
+        modules: Iterable[str],
+        wanted: Iterable[Statistic] = (),
+        make_stream: Callable[[str], Stream] | None = None,
+    ) -> None:
         self._wanted = frozenset(wanted)
-        stream = KeptGradients if "gram" in self._wanted else GradientSum
-        convergence = "convergence" in self._wanted
-        self._modules = {name: _Module(stream(convergence=convergence)) for name in modules}
+        make = make_stream or self._make_stream
+        self._modules = {name: _Module(make(name)) for name in modules}
         self._samples = 0
         self._staged: dict[str, _Staged] = {}
         self._items = 0
         self._batch_rows = 0
         self._spoiled: str | None = None
         self._last_input: _Input | None = None
+
+    def _make_stream(self, _name: str) -> Stream:
+        convergence = "convergence" in self._wanted
+        if "gram" in self._wanted:
+            return KeptGradients(convergence=convergence)
+        return GradientSum(convergence=convergence)
 
     def begin_batch(self, items: int, rows: int) -> None:
         """Start a batch of `rows` samples whose loss is a mean over `items` labelled items."""

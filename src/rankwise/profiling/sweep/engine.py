@@ -42,8 +42,9 @@ def sweep_engine(
                 yield from _sweep(job, way, runs)
             except SpoiledError as spoiled:
                 # the layers above have counted the batch already: all of it again without
-                ledger.drop(spoiled.index, spoiled.module)
-                left_out.add(spoiled.index)
+                if spoiled.index is not None:
+                    ledger.drop(spoiled.index, spoiled.module)
+                    left_out.add(spoiled.index)
             else:
                 break
     for run in runs:
@@ -55,7 +56,7 @@ def _run_tops(
     job: Job, way: Way, batches: Sequence[Batch], ledger: Ledger, left_out: set[int]
 ) -> Generator[tuple[str, ModuleResult], None, list[Run]]:
     """The forward passes of the batches not left out, and the targets outside the stacks."""
-    statistics = StreamingStatistics(way.structure.outside, job.wanted)
+    statistics = StreamingStatistics(way.structure.outside, job.wanted, job.make_stream)
     runs: list[Run] = []
     todo = [(i, batch) for i, batch in enumerate(batches) if i not in left_out]
     shown = with_progress(todo, len(todo), "running forward", job.progress)
@@ -70,7 +71,7 @@ def _run_tops(
                 ledger.skip(index)
             else:
                 ledger.drop(index, spoiled)
-    if not runs:
+    if not job.workers.any(bool(runs), "batches to sweep"):
         ledger.close(len(batches))
     for name in way.structure.outside:
         yield name, statistics.pop(name)
@@ -91,8 +92,11 @@ def _sweep(job: Job, way: Way, runs: Sequence[Run]) -> Results:
             if position == len(stack.layers) - 1:
                 begin_stack(runs, at)
             targets = stack.targets[position]
-            statistics = StreamingStatistics(targets, job.wanted)
-            run_layer(job, stack.layers[position], targets, runs, at, statistics)
+            statistics = StreamingStatistics(targets, job.wanted, job.make_stream)
+            layer = stack.layers[position]
+            spoiled = run_layer(job, layer, targets, runs, at, statistics)
+            if job.workers.any(spoiled is not None, f"layer {position} is spoiled"):
+                raise spoiled or SpoiledError(None, "")
             for name in targets:
                 yield name, statistics.pop(name)
             if position == 0:

@@ -53,9 +53,9 @@ class Run:
 class SpoiledError(Exception):
     """A batch turned out to hold a NaN or an infinity below the top."""
 
-    def __init__(self, index: int, module: str) -> None:
+    def __init__(self, index: int | None, module: str) -> None:
         super().__init__(index, module)
-        self.index = index
+        self.index = index  # None: another worker's batch
         self.module = module
 
 
@@ -121,13 +121,11 @@ def run_layer(
     runs: Sequence[Run],
     at: int,
     statistics: Consumer,
-) -> None:
+) -> SpoiledError | None:
     """A layer of stack `at` forward and backward on each batch.
 
-    The runs are left with the gradient of the layer's input.
-
-    Raises:
-        SpoiledError: A batch holds a NaN or an infinity.
+    The runs are left with the gradient of the layer's input. Returns the first batch that holds a
+    NaN or an infinity, if one does; those after it were not run.
     """
     with capture_gradients(
         job.model, targets, statistics.consume, flat=False, from_embeddings=False
@@ -141,7 +139,8 @@ def run_layer(
             run.gradient = hidden.grad
             spoiled = statistics.end_batch()
             if spoiled is not None:
-                raise SpoiledError(run.index, spoiled)
+                return SpoiledError(run.index, spoiled)
+    return None
 
 
 def end_stack(runs: Sequence[Run], at: int) -> None:
