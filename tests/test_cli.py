@@ -58,6 +58,29 @@ def test_profile_plan_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert "self_attn.q_proj" in capsys.readouterr().out
 
 
+def test_profile_columns_and_comparison(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = place / "model", place / "train.jsonl"
+    options = ["--batches", 2, "--batch-size", 2, "--max-length", 32]
+    assert call("profile", model, data, "--out", place / "one", *options) == 0
+    captured = capsys.readouterr()
+    assert "memory: about " in captured.err
+    assert "beside the model (hooks): activations" in captured.err
+    more = ["--column", "sensitivity", "--engine", "sweep", "--keep-gradients", "--statistics"]
+    more += ["gram,convergence", "--compare", place / "one"]
+    assert call("profile", model, data, "--out", place / "two", *options, *more) == 0
+    captured = capsys.readouterr()
+    assert "(sweep): activations" in captured.err
+    assert captured.out.startswith("sensitivity mean(|W * G|) of model")
+    assert "after 1, 2 batches" in captured.out
+    assert "correlation 1.000, of the order" in captured.out
+    assert (place / "two" / "gradients.safetensors").is_file()
+    assert not (place / "one" / "gradients.safetensors").exists()
+    assert call("inspect", place / "two", "--column", "gard") == 0
+    assert "independent batch gradients" in capsys.readouterr().out
+    assert call("inspect", place / "two", "--compare", place / "one") == 0
+    assert "over 14 modules: correlation" in capsys.readouterr().out
+
+
 def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", place / "run.yaml", "training.log_every=1") == 0
     out = capsys.readouterr().out
@@ -78,6 +101,12 @@ def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -
         (["train", "{place}/run.yaml", "method.r=0"], "r=0 must be a whole number"),
         (["train", "{place}/run.yaml", "output={place}"], "is not replaced"),
         (["plan", "{place}/absent"], "no such file"),
+        (["inspect", "{place}/run.yaml", "--column", "gid"], "is not JSON"),
+        (["profile", "x", "y", "--out", "{place}/q", "--column", "gdi"], "did you mean 'gid'?"),
+        (
+            ["profile", "x", "y", "--out", "{place}/q", "--compare", "{place}/absent"],
+            "no such file",
+        ),
         (["inspect", "{place}"], "name a profile, a run, an adapter or a plan"),
         (["inspect", "{place}/run.yaml"], "is not JSON"),
         (["profile", "{place}/x", "{place}/train.jsonl", "--out", "{place}/q"], "cannot be loaded"),

@@ -27,6 +27,11 @@ app = typer.Typer(
 _out = Console(soft_wrap=True, highlight=False, markup=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
+_COLUMN_HELP = (
+    "What the table shows: gid, stable, participation or energy (dimensions of the mean gradient), "
+    "gard (needs gram), norm, sensitivity, fisher (needs fisher), rows or batches."
+)
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings of the file to replace, such as training.steps=20 method.r=4."),
@@ -79,19 +84,38 @@ def profile(
             help="More to measure, separated by commas: gram (for gard), fisher, convergence."
         ),
     ] = "",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="hooks, sweep (layer by layer: less memory, more time) or auto, which chooses."
+        ),
+    ] = "auto",
+    keep_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--keep-gradients",
+            help="Save the mean gradients as well, 4 bytes a weight; merging profiles needs them.",
+        ),
+    ] = False,
+    column: Annotated[str, typer.Option(help=_COLUMN_HELP)] = "gid",
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="An earlier profile of the same modules, to hold the new one against."),
+    ] = None,
 ) -> None:
     """Measure the gradients of every layer on your data, without training.
 
-    Prints the gradient intrinsic dimensionality (GID) of each layer and saves the profile, from
-    which any number of plans can be made.
-    """
-    from rankwise.files import check_replaceable
-    from rankwise.profiling import profile_gradients
-    from rankwise.profiling.profile import PROFILE_FILE
-    from rankwise.training.config import validate
-    from rankwise.training.data import load_token_data
-    from rankwise.training.train import load_model
+    Says how much memory that will take, prints one number of each layer, by default its gradient
+    intrinsic dimensionality (GID), and saves the profile, from which any number of plans can be
+    made. To divide the batches among processes:
 
+        torchrun --nproc-per-node=2 -m rankwise.cli profile ...
+    """
+    from rankwise.profile_tables import check_column
+    from rankwise.training.config import validate
+    from rankwise.training.profile_run import ProfileSettings, run_profile
+
+    check_column(column)
     config = validate(
         {
             "model": model,
@@ -103,21 +127,19 @@ def profile(
         },
         "profile",
     )
-    check_replaceable(out, marker=PROFILE_FILE)
-    network, tokenizer = load_model(config.model, config.dtype)
-    tokens = load_token_data(config.data, tokenizer, seed=seed)
-    measured = profile_gradients(
-        network,
-        tokens.loader(batch_size, seed=seed),
-        config.targets,
+    settings = ProfileSettings(
         batches=batches,
-        statistics=["mean", *filter(None, statistics.split(","))],  # type: ignore[list-item]
+        batch_size=batch_size,
+        statistics=tuple(filter(None, statistics.split(","))),  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
+        keep_gradients=keep_gradients,
+        column=column,
+        compare=compare,
     )
-    measured.save(out)
-    _out.print(str(measured))
-    if measured.convergence is not None:
-        _out.print(measured.convergence_verdict())
-    _err.print(f"profile saved to {out}; next: rankwise plan {out}")
+    shown = run_profile(config, settings, notify=_err.print)
+    if shown is not None:
+        _out.print(shown)
+        _err.print(f"profile saved to {out}; next: rankwise plan {out}")
 
 
 @app.command()
@@ -200,11 +222,20 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="A plan, profile, run or adapter: a file or a folder.")
     ],
+    column: Annotated[
+        str | None, typer.Option(help=f"Of a profile. {_COLUMN_HELP}", show_default=False)
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Of a profile: another one to hold it against.")
+    ] = None,
 ) -> None:
     """Show what a saved plan, profile, run record or adapter contains."""
-    from rankwise.inspection import describe
+    from rankwise.inspection import describe, describe_profile
 
-    _out.print(describe(path))
+    if column is None and compare is None:
+        _out.print(describe(path))
+    else:
+        _out.print(describe_profile(path, column or "gid", compare=compare))
 
 
 @app.command()

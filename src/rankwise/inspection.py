@@ -12,6 +12,7 @@ from rankwise.artifacts import ADAPTER_CONFIG_FILE, PLAN_FILE, RECORD_FILE, reco
 from rankwise.errors import FileError
 from rankwise.files import read_text
 from rankwise.plan import RankPlan
+from rankwise.profile_tables import compare_profiles, profile_table
 from rankwise.profiling import GradientProfile
 from rankwise.records import RunRecord
 from rankwise.tables import layer_table, make_table, render
@@ -35,6 +36,23 @@ def describe(path: Path) -> str:
     if kind == "plan":
         return str(RankPlan.load(path))
     return _describe_run(path)
+
+
+def describe_profile(path: Path, column: str, *, compare: Path | None = None) -> str:
+    """One column of a saved profile; with another profile, what differs from it to this one.
+
+    Raises:
+        FileError: A path is missing or malformed, or holds no profile.
+        ProfileError: No such column, or the two hold different modules.
+    """
+    for each in filter(None, (path, compare)):
+        kind = recognise(each)
+        if kind != "profile":
+            raise FileError(f"{each}: holds a {kind}; columns are of profiles only.")
+    profile = GradientProfile.load(path)
+    if compare is None:
+        return profile_table(profile, column)
+    return compare_profiles(GradientProfile.load(compare), profile, column)
 
 
 def _describe_run(folder: Path) -> str:
