@@ -289,8 +289,8 @@ def _memory_errors_explained() -> Iterator[None]:
             raise
         raise ProfileError(
             "out of memory while profiling; the model is as it was. Less is needed with a smaller "
-            "batch, shorter sequences, fewer targets, engine='sweep', without keep_gradients, or "
-            "with the model in bfloat16."
+            "batch, shorter sequences, fewer targets, engine='sweep', without keep_gradients or "
+            "with out=, or with the model in bfloat16."
         ) from error
 
 

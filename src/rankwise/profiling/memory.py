@@ -217,7 +217,7 @@ def _finishing(
     means = len(prefixes(batches)) + 1 if "convergence" in wanted else 2
     for shape in shapes:
         own = _sums([shape])
-        work = max(spectra_bytes(shape), 2 * own)  # the latter for the sensitivity
+        work = max(spectra_bytes(shape), 3 * own)  # the latter for the sensitivity
         if gram:
             most = max(most, left + means * own + _ROW_BLOCK)
             left -= gram * shape.rank_cost // sum(s.rank_cost for s in shapes)

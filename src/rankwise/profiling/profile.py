@@ -182,7 +182,8 @@ class GradientProfile:
 
         Mean gradients are averaged by labelled items, Fisher information by samples, counts added;
         spectra, norms and sensitivities are computed anew. What pairs batches of different shards
-        is in none of them: Gram matrices and convergence are left out, with a warning. The data
+        is in none of them: Gram matrices and convergence are left out, with a warning; workers of
+        one `torch.distributed` group measure both (`profile_gradients(distributed=...)`). The data
         fingerprint is that of the shards' fingerprints.
 
         Args:
