@@ -11,8 +11,9 @@ batches, `(d_in, d_out)` of every target, `h` the hidden size, `V` the vocabular
   `b T (d_in + d_out)`, and one more sum, `4 d_in d_out`; with `"gram"`, the batches kept: M times
   as much, instead of sums;
 - layer inputs (sweep): `b M T h (L + 1)`;
-- spectra: fp64 copies of one module's gradient and of its smaller side's Gram matrix with what
-  LAPACK needs, `8 (3 d_in d_out + 5 min(d_in, d_out)^2)`.
+- spectra: fp64 copies of one module's gradient and, `k = min(d_in, d_out)`, of its smaller side's
+  Gram matrix: with what LAPACK needs for eigenvectors, `8 (2 d_in d_out + 5 k^2)`, and with the
+  projection on them, `8 (3 d_in d_out + 3 k^2)`, whichever is more.
 
 The total is the largest of what lives at one time: a backward pass, its end, a spectrum. The
 checks of the sweep against hooks need the activations of one batch, too.
@@ -173,7 +174,8 @@ def estimate_memory(
 
 def spectra_bytes(shape: LinearShape) -> int:
     """Workspace of one spectrum: see `rankwise.spectra.singular_values`."""
-    return _FP64 * (3 * shape.d_in * shape.d_out + 5 * shape.max_rank**2)
+    matrix, gram = shape.d_in * shape.d_out, shape.max_rank**2
+    return _FP64 * max(2 * matrix + 5 * gram, 3 * matrix + 3 * gram)
 
 
 def available_memory(device: torch.device) -> int | None:
