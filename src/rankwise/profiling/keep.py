@@ -17,6 +17,7 @@ from rankwise.profiling.profile import (
     GradientProfile,
     read_gradients,
 )
+from rankwise.profiling.staging import dense
 from rankwise.profiling.statistics import ModuleResult
 from rankwise.targets import Targets
 from rankwise.tensor_files import ArrayLayout, TensorWriter
@@ -37,7 +38,7 @@ class Keeper:
             gradient = result.gradient
             if gradient is None:
                 gradient = torch.zeros(shape.d_out, shape.d_in)
-            self._put(name, gradient)
+            self._put(name, dense(gradient))
 
     def finish(self, profile: GradientProfile) -> GradientProfile:
         """The profile with the gradients that were kept."""

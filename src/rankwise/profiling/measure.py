@@ -30,9 +30,8 @@ from rankwise.profiling.shared import (
     complete_,
     divided,
     is_sharded,
-    keeps_batches,
-    stream_maker,
 )
+from rankwise.profiling.shared_streams import keeps_batches, stream_maker
 from rankwise.profiling.staging import wide_dtype
 from rankwise.profiling.statistics import Statistic
 from rankwise.profiling.sweep import UnsuitableError, sweep_engine
