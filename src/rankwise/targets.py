@@ -173,16 +173,34 @@ def exact_target_modules(names: Sequence[str], model_names: Sequence[str]) -> li
     A list of full names is what people expect to read, but PEFT also matches names that *end* in
     `.name`; where that would catch another module, a full-match regular expression is returned.
     """
-    wanted = set(names)
-    suffixes = {
-        name.split(".", i)[-1]
-        for name in model_names
-        if name not in wanted
-        for i in range(1, name.count(".") + 1)
-    }
-    if suffixes.isdisjoint(wanted):
+    if not look_alikes(names, model_names):
         return list(names)
     return "(?:" + "|".join(re.escape(name) for name in names) + ")"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once, quantised linear layers as if they were not."""
+    total, seen = 0, set()
+    for module in model.modules():
+        shape = linear_shape(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            whole = shape is not None and name == "weight"
+            total += shape.d_in * shape.d_out if shape and whole else parameter.numel()
+    return total
+
+
+def look_alikes(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of `others`, `names` themselves left aside, that end in `.` and one of `names`."""
+    wanted = set(names)
+    return [
+        other
+        for other in others
+        if other not in wanted
+        and any(other.split(".", i)[-1] in wanted for i in range(1, other.count(".") + 1))
+    ]
 
 
 def _matched_names(targets: str | Sequence[str], modules: Mapping[str, nn.Module]) -> set[str]:

@@ -37,7 +37,7 @@ from rankwise.profiling.statistics import Statistic
 from rankwise.profiling.sweep import UnsuitableError, sweep_engine
 from rankwise.profiling.workers import Distributed, OthersUnsuitableError, find_workers
 from rankwise.provenance import model_fingerprint, versions
-from rankwise.targets import Targets, find_targets
+from rankwise.targets import Targets, count_parameters, find_targets, look_alikes
 
 Engine = Literal["auto", "hooks", "sweep"]
 """How gradients are reached: see `profile_gradients`."""
@@ -231,6 +231,8 @@ def _provenance(job: Job, ledger: Ledger, engine: str, seconds: float) -> Profil
         engine=engine,
         seconds=round(max(job.workers.gather_values(seconds, "seconds")), 3),
         versions=versions(),
+        model_parameters=count_parameters(job.model),
+        look_alikes=look_alikes(job.selected, [name for name, _ in job.model.named_modules()]),
     )
 
 

@@ -90,6 +90,8 @@ class ProfileProvenance:
         dropped_batches: Indices in the loader of batches with a NaN or an infinity.
         unlabelled_batches: Indices in the loader of batches without a labelled item.
         engine: How gradients were reached, "hooks" or "sweep".
+        model_parameters: Parameters of the model; None in profiles that did not count them.
+        look_alikes: Other modules of the model whose names end in the name of a target.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -108,6 +110,8 @@ class ProfileProvenance:
     dropped_batches: list[NonNegativeInt] = field(default_factory=list)
     unlabelled_batches: list[NonNegativeInt] = field(default_factory=list)
     engine: str = "hooks"
+    model_parameters: PositiveInt | None = None
+    look_alikes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
