@@ -28,9 +28,9 @@ def methods(r: int) -> dict[str, Method]:
         "GID": rw.LoraGid(r=r, budget="exact"),
         "sensitivity": rw.LsLora(r=r),
         "water-fill": rw.WaterFill(r=r),
-        "gradient norm": rw.Compose(r=r, score="gradient-norm"),
-        "depth": rw.Compose(r=r, score="depth"),
-        "random": rw.Compose(r=r, score="random"),
+        "gradient norm": rw.Compose(r=r, estimator="gradient-norm"),
+        "depth": rw.Compose(r=r, estimator="depth"),
+        "random": rw.Compose(r=r, estimator="random"),
     }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from rankwise.errors import PlanError
 from rankwise.methods import Compose, Gard, LoraGid, RaLora, WaterFill
-from rankwise.methods.compose import Rule, Score, Source
+from rankwise.methods.compose import Estimator, Rule, Source
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from tiny_models import synthetic_profile, tiny_llama, token_batch
@@ -27,13 +27,13 @@ def ranks(plan: RankPlan) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("statistic", get_args(Source))
-@pytest.mark.parametrize("score", get_args(Score))
+@pytest.mark.parametrize("estimator", get_args(Estimator))
 @pytest.mark.parametrize("rule", get_args(Rule))
 @pytest.mark.parametrize("adapter", ["lora", "ralora"])
 def test_every_combination_keeps_the_budget(
-    profile: GradientProfile, statistic: Source, score: Score, rule: Rule, adapter: str
+    profile: GradientProfile, statistic: Source, estimator: Estimator, rule: Rule, adapter: str
 ) -> None:
-    method = Compose(r=2, statistic=statistic, score=score, rule=rule, adapter=adapter)
+    method = Compose(r=2, statistic=statistic, estimator=estimator, rule=rule, adapter=adapter)
     plan = method.plan(profile)
     assert (
         plan.parameters
@@ -52,9 +52,9 @@ def test_it_contains_the_named_methods(profile: GradientProfile) -> None:
     assert ranks(filled) == ranks(WaterFill(r=2).plan(profile))
     blocks = Compose(r=2, rule="uniform", adapter="ralora").plan(profile)
     assert blocks.modules == RaLora(r=2).plan(profile).modules
-    scores = Compose(statistic="gram", score="energy-rank").scores(profile)
+    scores = Compose(statistic="gram", estimator="energy").scores(profile)
     assert scores == profile.energy_ranks()
-    ours = ranks(Compose(r=4, statistic="gram", score="energy-rank").plan(profile))
+    ours = ranks(Compose(r=4, statistic="gram", estimator="energy").plan(profile))
     theirs = ranks(Gard(r=4).plan(profile))
     assert all(abs(ours[name] - theirs[name]) <= 3 for name in ours)
 
@@ -66,25 +66,26 @@ def test_scores_by_hand() -> None:
         shapes, gid=dict(zip(names, (2, 4, 8), strict=True)), sensitivity=0.5
     )
     spectral = [2.0, 4.0, 8.0]
-    for score in ("effective-rank", "stable-rank", "participation-ratio"):
-        assert list(Compose(score=score).scores(profile).values()) == pytest.approx(spectral)
-    assert list(Compose(score="energy-rank").scores(profile).values()) == [2.0, 4.0, 8.0]
-    assert list(Compose(score="depth").scores(profile).values()) == [1.0, 4.0, 1.0]
-    assert list(Compose(score="sensitivity").scores(profile).values()) == [0.5] * 3
-    norms = Compose(score="gradient-norm").scores(profile)
+    for estimator in ("effective-rank", "stable-rank", "participation-ratio"):
+        found = Compose(estimator=estimator).scores(profile)
+        assert list(found.values()) == pytest.approx(spectral)
+    assert list(Compose(estimator="energy").scores(profile).values()) == [2.0, 4.0, 8.0]
+    assert list(Compose(estimator="depth").scores(profile).values()) == [1.0, 4.0, 1.0]
+    assert list(Compose(estimator="sensitivity").scores(profile).values()) == [0.5] * 3
+    norms = Compose(estimator="gradient-norm").scores(profile)
     assert list(norms.values()) == pytest.approx([2**0.5, 2.0, 8**0.5])
 
 
 def test_random_is_the_seeds() -> None:
     profile = synthetic_profile({name: (8, 8) for name in "abc"})
-    first, again, other = (Compose(score="random", seed=s).scores(profile) for s in (0, 0, 1))
+    first, again, other = (Compose(estimator="random", seed=s).scores(profile) for s in (0, 0, 1))
     assert first == again != other
 
 
 def test_the_gram_spectrum_is_that_of_the_matrix() -> None:
     profile = synthetic_profile({"a": (8, 8)})
     gram = {"a": torch.diag(torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))}
-    scores = Compose(statistic="gram", score="stable-rank").scores(replace(profile, gram=gram))
+    scores = Compose(statistic="gram", estimator="stable-rank").scores(replace(profile, gram=gram))
     assert scores["a"] == pytest.approx(6 / 4)
 
 
@@ -96,7 +97,7 @@ def test_a_profile_without_grams_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "efective-rank"}, r"did you mean 'effective-rank'\?"),
+        ({"estimator": "efective-rank"}, r"did you mean 'effective-rank'\?"),
         ({"statistic": "median"}, "statistic='median'"),
         ({"rule": "greedy"}, "rule='greedy'"),
         ({"adapter": "dora"}, r"did you mean '(lora|ralora)'\?"),

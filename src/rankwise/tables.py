@@ -44,18 +44,36 @@ def make_table(
 
 def layer_table(cells: Mapping[str, str], *, title: str, caption: str) -> str:
     """One cell per module, laid out as layer x kind; modules outside a stack get a row each."""
-    positions = {name: layer_position(name) for name in cells}
+    parts = [render(make_table(columns, rows)) for columns, rows in _layer_grids(cells)]
+    return "\n".join([title, *parts, caption])
+
+
+def markdown_layers(cells: Mapping[str, str]) -> str:
+    """The same layout as Markdown tables."""
+    return "\n\n".join(markdown_table(columns, rows) for columns, rows in _layer_grids(cells))
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose columns after the first are right-aligned."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _layer_grids(cells: Mapping[str, str]) -> list[tuple[list[str], list[list[str]]]]:
+    """Columns and rows of the modules in stacks of layers, and of those outside."""
     kinds: dict[str, None] = {}
     grid: dict[tuple[str, int], dict[str, str]] = {}
-    alone: dict[str, str] = {}
+    alone: list[list[str]] = []
     for name, text in cells.items():
-        place = positions[name]
+        place = layer_position(name)
         if place.index is None:
-            alone[name] = text
+            alone.append([name, text])
         else:
             kinds.setdefault(place.kind)
             grid.setdefault((place.stack, place.index), {})[place.kind] = text
-    parts: list[Table] = []
+    parts: list[tuple[list[str], list[list[str]]]] = []
     if grid:
         stacks = list(dict.fromkeys(stack for stack, _ in grid))
 
@@ -69,7 +87,7 @@ def layer_table(cells: Mapping[str, str], *, title: str, caption: str) -> str:
             ]
             for (stack, i), row in sorted(grid.items(), key=lambda item: order(item[0]))
         ]
-        parts.append(make_table(["layer", *kinds], rows))
+        parts.append((["layer", *kinds], rows))
     if alone:
-        parts.append(make_table(["module", "value"], list(alone.items())))
-    return "\n".join([title, *(render(part) for part in parts), caption])
+        parts.append((["module", "value"], alone))
+    return parts

@@ -61,7 +61,7 @@ def problems(draw: st.DrawFn) -> dict[str, object]:
 
 class TestProportionalRanks:
     @given(problems())
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def test_budget_bounds_and_remainder(self, problem: dict[str, object]) -> None:
         costs, caps = problem["costs"], problem["caps"]
         low, high = problem["bounds"]
@@ -75,20 +75,8 @@ class TestProportionalRanks:
         growing = [costs[name] for name in costs if ranks[name] < min(high, caps[name])]
         assert not growing or left < min(growing)
 
-    @given(problems(), st.randoms(use_true_random=False))
-    @settings(max_examples=150, deadline=None)
-    def test_order_of_modules_does_not_matter(self, problem: dict[str, object], random) -> None:  # type: ignore[no-untyped-def]
-        order = list(problem["costs"])
-        random.shuffle(order)
-        shuffled = {
-            key: {name: value[name] for name in order} if isinstance(value, dict) else value
-            for key, value in problem.items()
-        }
-        assert proportional_ranks(**shuffled) == proportional_ranks(**problem)
-        assert proportional_ranks(**problem) == proportional_ranks(**problem)
-
     @given(problems())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     def test_more_weight_is_no_less_rank(self, problem: dict[str, object]) -> None:
         ranks = proportional_ranks(**problem)
         costs, caps, weights = problem["costs"], problem["caps"], problem["weights"]

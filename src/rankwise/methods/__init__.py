@@ -10,8 +10,8 @@
 | `RaLora` | mean gradient | effective rank | uniform rank, blocks by GID | block-diagonal |
 | `RaLoraPro` | both | effective rank | ranks by sensitivity, blocks by GID | block-diagonal |
 
-`Compose` puts together any score, rule and adapter, among them the controls depth, gradient norm
-and random.
+`Compose` puts together any statistic, estimator, rule and adapter, among them the controls depth,
+gradient norm and random.
 
 A method is a frozen set of options; `plan(profile)` turns measured gradients into a `RankPlan`.
 """

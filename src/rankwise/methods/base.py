@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.allocation import (
+    Limits,
+    cheapest_next,
+    finds_largest_total,
+    parameters,
+    uniform_ranks,
+)
 from rankwise.errors import PlanError
 from rankwise.plan import AdapterKind, RankPlan, module_plans
 from rankwise.profiling import GradientProfile, Statistic
-from rankwise.targets import LinearShape
+from rankwise.targets import LinearShape, Targets, look_alikes
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,6 @@ class Method(ABC):
     needs_profile: ClassVar[bool] = True
     statistics: ClassVar[tuple[Statistic, ...]] = ("mean",)
     """What a profile must hold for this method."""
-    profile_batches: ClassVar[int] = 8
-    """How many batches to profile where the user names no number."""
-
     r: int = 8
     alpha: float = 16.0
 
@@ -43,22 +47,34 @@ class Method(ABC):
         if not (is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
             raise PlanError(f"alpha={self.alpha!r} must be a positive number.")
 
+    @property
+    def profile_batches(self) -> int:
+        """How many batches to profile where the user names no number."""
+        return 8
+
     @abstractmethod
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Decide each module's adapter from a profile."""
 
     def _assemble(
         self,
-        shapes: Mapping[str, LinearShape],
+        source: GradientProfile | Mapping[str, LinearShape],
         ranks: Mapping[str, int],
         *,
         blocks: Mapping[str, int] | None = None,
-        profile: GradientProfile | None = None,
         budget: int | None = None,
+        limits: Limits | None = None,
     ) -> RankPlan:
-        provenance: dict[str, Any] = {"options": asdict(self)}
+        profile = source if isinstance(source, GradientProfile) else None
+        shapes = shapes_of(source)
+        provenance: dict[str, Any] = {"options": self._options()}
         if profile is not None:
             provenance["profile"] = asdict(profile.provenance)
+        facts: dict[str, Any] = {}
+        if budget is not None and limits is not None:
+            facts |= _remainder(shapes, ranks, budget, limits)
+        if profile is not None and self.adapter == "lora":
+            facts |= _energy(profile, ranks, budget, limits)
         return RankPlan(
             method=self.name,
             adapter=self.adapter,
@@ -69,7 +85,63 @@ class Method(ABC):
             model=profile.provenance.model if profile else "",
             model_fingerprint=profile.provenance.model_fingerprint if profile else None,
             provenance=provenance,
+            left_out={name: shape for name, shape in shapes.items() if not ranks[name]},
+            look_alikes=_look_alikes(source),
+            **facts,
         )
+
+    def _options(self) -> dict[str, Any]:
+        """The options as JSON can hold them; an earlier plan by its ranks."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            key: ranks_of(value) if isinstance(value, RankPlan) else value
+            for key, value in options.items()
+        }
+
+
+def _remainder(
+    shapes: Mapping[str, LinearShape], ranks: Mapping[str, int], budget: int, limits: Limits
+) -> dict[str, Any]:
+    costs = {name: shape.rank_cost for name, shape in shapes.items()}
+    following = cheapest_next(ranks, costs, limits)
+    largest = None
+    if finds_largest_total(costs, limits):
+        largest = parameters(uniform_ranks(costs, budget, limits), costs)
+    return {"next_rank": following, "full": following is None, "largest_total": largest}
+
+
+def _energy(
+    profile: GradientProfile, ranks: Mapping[str, int], budget: int | None, limits: Limits | None
+) -> dict[str, Any]:
+    costs = costs_of(profile)
+    allowed = {name: (0, cap) for name, cap in caps_of(profile).items()}
+    even = uniform_ranks(costs, parameters(ranks, costs) if budget is None else budget, allowed)
+    shares = captured_energy(profile, ranks), captured_energy(profile, even)
+    return dict(zip(("captured", "captured_by_uniform"), shares, strict=True))
+
+
+def _look_alikes(source: GradientProfile | Mapping[str, LinearShape]) -> list[str]:
+    if isinstance(source, GradientProfile):
+        return list(source.provenance.look_alikes)
+    return look_alikes(source, source.left_out) if isinstance(source, Targets) else []
+
+
+def ranks_of(plan: RankPlan) -> dict[str, int]:
+    """Rank per module of a plan."""
+    return {name: module.rank for name, module in plan.modules.items()}
+
+
+def captured_energy(profile: GradientProfile, ranks: Mapping[str, int]) -> float:
+    """Part of `sum_l sum_i sigma_{l,i}^2` of the mean gradients that such ranks can hold.
+
+    Args:
+        profile: Measured gradients.
+        ranks: Rank per module; a module that is not named has none.
+    """
+    energies = energies_of(profile)
+    total = math.fsum(float(energy.sum()) for energy in energies.values())
+    kept = math.fsum(float(energy[: ranks.get(n, 0)].sum()) for n, energy in energies.items())
+    return min(kept / total, 1.0) if total else 0.0
 
 
 def shapes_of(source: GradientProfile | Mapping[str, LinearShape]) -> dict[str, LinearShape]:
@@ -92,16 +164,6 @@ def caps_of(profile: GradientProfile) -> dict[str, int]:
 def energies_of(profile: GradientProfile) -> dict[str, NDArray[np.float64]]:
     """Squared singular values of the mean gradient, largest first, per module."""
     return {name: values.numpy() ** 2 for name, values in profile.singular_values.items()}
-
-
-def check_bounds(bounds: tuple[int, int], r: int) -> None:
-    """Refuse bounds that are no ranks or leave r out."""
-    low, high = bounds
-    if not is_whole(low) or low < 0:
-        raise PlanError(f"r_min={low!r} must be a whole number of at least 0.")
-    check_positive_int("r_max", high)
-    if not low <= r <= high:
-        raise PlanError(f"r_min={low} <= r={r} <= r_max={high} must hold.")
 
 
 def check_rank_fits(r: int, shapes: Mapping[str, LinearShape]) -> None:

@@ -10,10 +10,10 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from rankwise.allocation import proportional_ranks, rank_limits, water_filling_ranks
+from rankwise.allocation import proportional_ranks, uniform_ranks, water_filling_ranks
 from rankwise.errors import PlanError, nearest
-from rankwise.methods.base import caps_of, costs_of, energies_of, shapes_of
-from rankwise.methods.spectral import SpectralBudgetMethod
+from rankwise.methods.base import costs_of, energies_of
+from rankwise.methods.budgeted import BudgetedMethod
 from rankwise.methods.uniform import blocks_by_gid, check_n_max
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile
@@ -27,9 +27,9 @@ from rankwise.spectra import (
 from rankwise.targets import layer_position
 
 Source = Literal["mean", "gram"]
-Score = Literal[
+Estimator = Literal[
     "effective-rank",
-    "energy-rank",
+    "energy",
     "stable-rank",
     "participation-ratio",
     "sensitivity",
@@ -37,33 +37,38 @@ Score = Literal[
     "depth",
     "random",
 ]
-Rule = Literal["uniform", "proportional", "water-fill"]
+Rule = Literal["uniform", "proportional", "smoothed", "water-fill"]
 
 _SPECTRAL: Mapping[str, Callable[[Tensor], float]] = {
     "effective-rank": effective_rank,
-    "energy-rank": lambda sigma: float(math.ceil(energy_crossing(sigma**2))),
+    "energy": lambda sigma: float(math.ceil(energy_crossing(sigma**2))),
     "stable-rank": stable_rank,
     "participation-ratio": participation_ratio,
 }
 
 
 @dataclass(frozen=True)
-class Compose(SpectralBudgetMethod):
-    """A method put together from a spectrum, a score, a rule and an adapter.
+class Compose(BudgetedMethod):
+    """A method put together from a statistic, an estimator, a rule and an adapter.
 
-    Static GARD is `statistic="gram", score="energy-rank"`; LoRA+GID in a budget is
-    `score="effective-rank"`; the controls of GARD's comparison are `"gradient-norm"`, `"depth"` and
-    `"random"`. Each keeps to the budget; ranks are rounded down and what is left is handed out.
+    Static GARD is `statistic="gram", estimator="energy"`; LoRA+GID in a budget is
+    `estimator="effective-rank"`; the controls of GARD's comparison are `"gradient-norm"`, `"depth"`
+    and `"random"`. Each keeps to the budget; ranks are rounded down and what is left is handed out.
 
     Attributes:
         r_min: Smallest rank; default 1.
         r_max: Largest rank; default `8 r`.
-        budget: Trainable parameters that may not be exceeded; default LoRA's at rank r.
-        statistic: Whose spectrum a spectral score reads: the singular values of the mean gradient,
-            or the square roots of the eigenvalues of the batch gradients' Gram matrix.
-        score: Number per module that ranks are proportional to. `"depth"` grows linearly from the
-            first layer to the last; `"random"` is uniform in [0, 1).
-        rule: `"proportional"` to the score; `"uniform"` and `"water-fill"` need none.
+        budget: Trainable parameters that may not be exceeded, as for `BudgetedMethod`; default
+            LoRA's at rank r.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
+        statistic: Whose spectrum a spectral estimator reads: the singular values of the mean
+            gradient, or the square roots of the eigenvalues of the batch gradients' Gram matrix.
+        estimator: Number per module that ranks are proportional to. `"depth"` grows linearly from
+            the first layer to the last; `"random"` is uniform in [0, 1).
+        rule: `"proportional"` to the estimate; `"smoothed"`, to the estimate over
+            `sqrt(d_in + d_out)`, as RaLoRA-Pro shares; `"uniform"` and `"water-fill"` need none.
         adapter: `"lora"`, or `"ralora"` with blocks by GID.
         n_max: Largest number of blocks.
         seed: Of `"random"`.
@@ -71,9 +76,8 @@ class Compose(SpectralBudgetMethod):
 
     name: ClassVar[str] = "compose"
 
-    r_min: int = 1
     statistic: Source = "mean"
-    score: Score = "effective-rank"
+    estimator: Estimator = "effective-rank"
     rule: Rule = "proportional"
     adapter: AdapterKind = "lora"  # type: ignore[misc]  # an option here, fixed elsewhere
     n_max: int = 32
@@ -82,8 +86,8 @@ class Compose(SpectralBudgetMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_n_max(self.n_max)
-        options = {"statistic": Source, "score": Score, "rule": Rule, "adapter": AdapterKind}
-        for option, allowed in options.items():
+        choices = {"statistic": Source, "estimator": Estimator, "rule": Rule}
+        for option, allowed in (choices | {"adapter": AdapterKind}).items():
             value = getattr(self, option)
             if value not in get_args(allowed):
                 hint = nearest(str(value), get_args(allowed))
@@ -95,19 +99,21 @@ class Compose(SpectralBudgetMethod):
         Raises:
             PlanError: The profile lacks the statistic, or the budget is infeasible.
         """
-        costs, budget = costs_of(profile), self._parameters(profile)
-        limits = rank_limits(caps_of(profile), *self.bounds)
+        costs, budget, limits = costs_of(profile), self._parameters(profile), self._limits(profile)
         if self.rule == "water-fill":
             ranks = water_filling_ranks(energies_of(profile), costs, budget, limits)
+        elif self.rule == "uniform":
+            ranks = uniform_ranks(costs, budget, limits)
         else:
-            even = self.rule == "uniform"
-            scores = dict.fromkeys(costs, 1.0) if even else self.scores(profile)
+            scores = self.scores(profile)
+            if self.rule == "smoothed":
+                scores = {name: score / math.sqrt(costs[name]) for name, score in scores.items()}
             ranks = proportional_ranks(scores, costs, budget, limits)
-        blocks = None
-        if self.adapter == "ralora":
-            blocks = blocks_by_gid(profile, ranks, self.n_max)
-        shapes = shapes_of(profile)
-        return self._assemble(shapes, ranks, blocks=blocks, profile=profile, budget=budget)
+        blocks = blocks_by_gid(profile, ranks, self.n_max) if self.adapter == "ralora" else None
+        return self._assemble(profile, ranks, blocks=blocks, budget=budget, limits=limits)
+
+    def _default_bounds(self, r: int) -> tuple[int, int]:
+        return 1, 8 * r
 
     def scores(self, profile: GradientProfile) -> dict[str, float]:
         """The score of every module.
@@ -115,14 +121,14 @@ class Compose(SpectralBudgetMethod):
         Raises:
             PlanError: The profile lacks the statistic.
         """
-        if self.score in _SPECTRAL:
-            estimate = _SPECTRAL[self.score]
+        if self.estimator in _SPECTRAL:
+            estimate = _SPECTRAL[self.estimator]
             return {name: estimate(sigma) for name, sigma in self._spectra(profile).items()}
-        if self.score == "sensitivity":
+        if self.estimator == "sensitivity":
             return {name: module.sensitivity for name, module in profile.modules.items()}
-        if self.score == "gradient-norm":
+        if self.estimator == "gradient-norm":
             return {name: module.gradient_norm for name, module in profile.modules.items()}
-        if self.score == "depth":
+        if self.estimator == "depth":
             return {name: float((layer_position(name).index or 0) + 1) for name in profile.modules}
         generator = random.Random(self.seed)
         return {name: generator.random() for name in sorted(profile.modules)}

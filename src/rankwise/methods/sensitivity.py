@@ -3,66 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from rankwise.allocation import (
-    proportional_ranks,
-    rank_limits,
-    sensitivity_ranks,
-    smoothed_shares,
-)
-from rankwise.errors import PlanError
-from rankwise.methods.base import (
-    Method,
-    caps_of,
-    check_bounds,
-    check_positive_int,
-    costs_of,
-    shapes_of,
-)
+from rankwise.allocation import Limits, proportional_ranks, sensitivity_ranks, smoothed_shares
+from rankwise.methods.base import costs_of
+from rankwise.methods.budgeted import BudgetedMethod
 from rankwise.methods.uniform import RaLora, blocks_by_gid
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile
 
 
 @dataclass(frozen=True)
-class SensitivityMethod(Method):
+class SensitivityMethod(BudgetedMethod):
     """Ranks that follow each layer's loss sensitivity (RaLoRA section 3.4).
 
     Attributes:
         r_min: Smallest rank; default `r / 2`, as in the paper, and at least 1.
         r_max: Largest rank; default `2 r`, as in the paper.
-        budget: `"exact"` never exceeds LoRA's parameters and hands out what flooring left over;
-            `"paper"` is Eq. 8 as printed, whose total can run some percent over.
+        budget: `"exact"` never exceeds LoRA's parameters and spends what flooring left over;
+            `"paper"` is Eq. 8 as printed, whose total can run some percent over; or an amount, as
+            for `BudgetedMethod`, whose LoRA rank then sets the default bounds.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
     """
 
-    r_min: int | None = None
-    r_max: int | None = None
-    budget: Literal["exact", "paper"] = "exact"
+    budget_words: ClassVar[tuple[str, ...]] = ("exact", "paper")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget not in ("exact", "paper"):
-            raise PlanError(f"budget={self.budget!r} must be 'exact' or 'paper'.")
-        check_positive_int("r_min", self.bounds[0])
-        check_bounds(self.bounds, self.r)
+    budget: int | str | None = "exact"
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """`(r_min, r_max)` with the defaults filled in."""
-        low = max(1, self.r // 2) if self.r_min is None else self.r_min
-        return low, 2 * self.r if self.r_max is None else self.r_max
+    def _default_bounds(self, r: int) -> tuple[int, int]:
+        return max(1, r // 2), 2 * r
 
-    def _ranks(self, profile: GradientProfile) -> tuple[dict[str, int], int | None]:
-        """Ranks, and the budget that bounds them where it is hard."""
-        costs, caps = costs_of(profile), caps_of(profile)
+    def _ranks(self, profile: GradientProfile) -> tuple[dict[str, int], int | None, Limits]:
+        """Ranks, the budget where it is hard, and the limits."""
+        costs, limits = costs_of(profile), self._limits(profile)
         scores = {name: module.sensitivity for name, module in profile.modules.items()}
         if self.budget == "paper":
             ranks = sensitivity_ranks(scores, costs, self.r, self.bounds)
-            return {name: min(rank, caps[name]) for name, rank in ranks.items()}, None
-        limit = self.r * sum(costs.values())
+            boxed = {n: min(max(rank, limits[n][0]), limits[n][1]) for n, rank in ranks.items()}
+            return boxed, None, limits
+        budget = self._parameters(profile)
         shares = smoothed_shares(scores, costs)
-        return proportional_ranks(shares, costs, limit, rank_limits(caps, *self.bounds)), limit
+        return proportional_ranks(shares, costs, budget, limits), budget, limits
 
 
 @dataclass(frozen=True)
@@ -75,8 +58,10 @@ class RaLoraPro(SensitivityMethod, RaLora):
     Attributes:
         r_min: Smallest rank; default `r / 2`, as in the paper, and at least 1.
         r_max: Largest rank; default `2 r`, as in the paper.
-        budget: `"exact"` never exceeds LoRA's parameters and hands out what flooring left over;
-            `"paper"` is Eq. 8 as printed, whose total can run some percent over.
+        budget: `"exact"`, `"paper"` or an amount: see `SensitivityMethod`.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
         n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
     """
 
@@ -88,11 +73,9 @@ class RaLoraPro(SensitivityMethod, RaLora):
         Raises:
             PlanError: The sensitivities are unusable or the budget is infeasible.
         """
-        ranks, limit = self._ranks(profile)
+        ranks, budget, limits = self._ranks(profile)
         blocks = blocks_by_gid(profile, ranks, self.n_max)
-        return self._assemble(
-            shapes_of(profile), ranks, blocks=blocks, profile=profile, budget=limit
-        )
+        return self._assemble(profile, ranks, blocks=blocks, budget=budget, limits=limits)
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,10 @@ class LsLora(SensitivityMethod):
     Attributes:
         r_min: Smallest rank; default `r / 2`, and at least 1.
         r_max: Largest rank; default `2 r`.
-        budget: `"exact"` or `"paper"`, as for `RaLoraPro`.
+        budget: `"exact"`, `"paper"` or an amount: see `SensitivityMethod`.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
     """
 
     name: ClassVar[str] = "ls-lora"
@@ -114,5 +100,5 @@ class LsLora(SensitivityMethod):
         Raises:
             PlanError: The sensitivities are unusable or the budget is infeasible.
         """
-        ranks, limit = self._ranks(profile)
-        return self._assemble(shapes_of(profile), ranks, profile=profile, budget=limit)
+        ranks, budget, limits = self._ranks(profile)
+        return self._assemble(profile, ranks, budget=budget, limits=limits)

@@ -2,94 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from rankwise.allocation import proportional_ranks, rank_limits, water_filling_ranks
+from rankwise.allocation import proportional_ranks, water_filling_ranks
 from rankwise.errors import PlanError
-from rankwise.methods.base import (
-    Method,
-    caps_of,
-    check_bounds,
-    check_positive_int,
-    costs_of,
-    energies_of,
-    shapes_of,
-)
+from rankwise.methods.base import check_positive_int, costs_of, energies_of
+from rankwise.methods.budgeted import BudgetedMethod
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile, Statistic
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class LoraGid(Method):
+class LoraGid(BudgetedMethod):
     """LoRA+GID: plain LoRA whose rank is the gradient's dimension, `r_l = ceil(erank)`.
 
-    The paper's LoRA+GID (Table 9) takes the GID as it is, tens of times LoRA's parameters. With
-    `budget="exact"` the ranks are proportional to the GID within LoRA's parameters at rank r.
+    The paper's LoRA+GID (Table 9) takes the GID as it is, tens of times LoRA's parameters. With a
+    budget the ranks are proportional to the GID within it.
 
     Attributes:
-        budget: `"none"` or `"exact"`.
+        r_min: Smallest rank; default 1.
+        r_max: Largest rank; default none but `min(d_in, d_out)`.
+        budget: `"none"`, the default; `"exact"` for LoRA's parameters at rank r; or an amount, as
+            for `BudgetedMethod`.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
     """
 
     name: ClassVar[str] = "lora-gid"
     adapter: ClassVar[AdapterKind] = "lora"
+    budget_words: ClassVar[tuple[str, ...]] = ("none", "exact")
 
-    budget: Literal["none", "exact"] = "none"
+    budget: int | str | None = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget not in ("none", "exact"):
-            raise PlanError(f"budget={self.budget!r} must be 'none' or 'exact'.")
+    def _default_bounds(self, r: int) -> tuple[int, int]:
+        return 1, 2**31
 
     def plan(self, profile: GradientProfile) -> RankPlan:
-        """Ranks by GID; at least 1.
+        """Ranks by GID.
 
         Raises:
-            PlanError: The budget does not pay for rank 1 everywhere.
+            PlanError: The budget does not pay for the smallest ranks.
         """
-        shapes, costs, caps = shapes_of(profile), costs_of(profile), caps_of(profile)
+        limits = self._limits(profile)
         if self.budget == "none":
             # a GID of 64 measured as 64.0000000001 is 64
-            ranks = {name: max(1, math.ceil(gid - 1e-9)) for name, gid in profile.gid.items()}
-            return self._assemble(shapes, ranks, profile=profile)
-        limit = self.r * sum(costs.values())
-        limits = rank_limits(caps, 1, max(caps.values()))
-        ranks = proportional_ranks(profile.gid, costs, limit, limits)
-        return self._assemble(shapes, ranks, profile=profile, budget=limit)
+            wanted = {name: math.ceil(gid - 1e-9) for name, gid in profile.gid.items()}
+            ranks = {n: min(max(rank, limits[n][0]), limits[n][1]) for n, rank in wanted.items()}
+            return self._assemble(profile, ranks)
+        budget = self._parameters(profile)
+        ranks = proportional_ranks(profile.gid, costs_of(profile), budget, limits)
+        return self._assemble(profile, ranks, budget=budget, limits=limits)
 
 
 @dataclass(frozen=True)
-class SpectralBudgetMethod(Method):
-    """Ranks between two bounds under a hard budget.
-
-    Attributes:
-        r_min: Smallest rank; 0 leaves modules out that earn nothing.
-        r_max: Largest rank; default `8 r`.
-        budget: Trainable parameters that may not be exceeded; default LoRA's at rank r.
-    """
-
-    r_min: int = 0
-    r_max: int | None = None
-    budget: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bounds(self.bounds, self.r)
-        if self.budget is not None:
-            check_positive_int("budget", self.budget)
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """`(r_min, r_max)` with the default filled in."""
-        return self.r_min, 8 * self.r if self.r_max is None else self.r_max
-
-    def _parameters(self, profile: GradientProfile) -> int:
-        return self.r * sum(costs_of(profile).values()) if self.budget is None else self.budget
-
-
-@dataclass(frozen=True)
-class WaterFill(SpectralBudgetMethod):
+class WaterFill(BudgetedMethod):
     """Ours: each unit of rank goes where the next singular direction holds the most energy.
 
     Maximises `sum_l sum_{i <= r_l} sigma_{l,i}^2` of the mean gradients under
@@ -100,7 +72,11 @@ class WaterFill(SpectralBudgetMethod):
     Attributes:
         r_min: Smallest rank; 0, the default, leaves modules out that earn nothing.
         r_max: Largest rank; default `8 r`.
-        budget: Trainable parameters that may not be exceeded; default LoRA's at rank r.
+        budget: Trainable parameters that may not be exceeded, as for `BudgetedMethod`; default
+            LoRA's at rank r.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
     """
 
     name: ClassVar[str] = "water-fill"
@@ -112,14 +88,13 @@ class WaterFill(SpectralBudgetMethod):
         Raises:
             PlanError: No rank is affordable.
         """
-        limits = rank_limits(caps_of(profile), *self.bounds)
-        budget = self._parameters(profile)
+        limits, budget = self._limits(profile), self._parameters(profile)
         ranks = water_filling_ranks(energies_of(profile), costs_of(profile), budget, limits)
-        return self._assemble(shapes_of(profile), ranks, profile=profile, budget=budget)
+        return self._assemble(profile, ranks, budget=budget, limits=limits)
 
 
 @dataclass(frozen=True)
-class Gard(SpectralBudgetMethod):
+class Gard(BudgetedMethod):
     """Static GARD: ranks proportional to how many independent directions batch gradients take.
 
     `e_l` is the energy rank of the Gram matrix of M batch gradients, the smallest k whose largest
@@ -131,24 +106,37 @@ class Gard(SpectralBudgetMethod):
     Attributes:
         r_min: Smallest rank; default 1. The paper names no bounds.
         r_max: Largest rank; default `8 r`.
-        budget: Trainable parameters that may not be exceeded; default LoRA's at rank r.
+        budget: Trainable parameters that may not be exceeded, as for `BudgetedMethod`; default
+            LoRA's at rank r.
+        around: An earlier plan that no rank may differ from by more than `delta`.
+        delta: See `around`.
+        fixed: Rank per module that is decided beforehand.
         energy: Part of the energy to be held, tau; default 0.9.
+        batches: M, how many batches to profile where the run names no number; default 32.
         per_cost: Divide scores by `d_in + d_out`, so that cheap modules are not passed over.
     """
 
     name: ClassVar[str] = "gard"
     adapter: ClassVar[AdapterKind] = "lora"
     statistics: ClassVar[tuple[Statistic, ...]] = ("mean", "gram")
-    profile_batches: ClassVar[int] = 32
 
-    r_min: int = 1
     energy: float = 0.9
+    batches: int = 32
     per_cost: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.energy < 1:
             raise PlanError(f"energy={self.energy!r} must be between 0 and 1, both excluded.")
+        check_positive_int("batches", self.batches)
+
+    @property
+    def profile_batches(self) -> int:
+        """How many batches to profile where the user names no number."""
+        return self.batches
+
+    def _default_bounds(self, r: int) -> tuple[int, int]:
+        return 1, 8 * r
 
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Ranks by energy rank under the budget.
@@ -161,19 +149,24 @@ class Gard(SpectralBudgetMethod):
                 "gard needs the Gram matrices of the batch gradients, which this profile does not "
                 "hold; profile with statistics=('mean', 'gram') (--statistics gram)."
             )
+        if profile.provenance.batches != self.batches:
+            logger.info(
+                "gard: energy ranks of M = %d batches; batches=%d were asked for",
+                profile.provenance.batches, self.batches,
+            )  # fmt: skip
         costs = costs_of(profile)
         crossings = profile.energy_crossings(self.energy)
         scores = {name: float(math.ceil(crossing)) for name, crossing in crossings.items()}
         if self.per_cost:
             scores = {name: score / costs[name] for name, score in scores.items()}
-        budget = self._parameters(profile)
+        limits, budget = self._limits(profile), self._parameters(profile)
         ranks = proportional_ranks(
             scores,
             costs,
             budget,
-            rank_limits(caps_of(profile), *self.bounds),
-            offset=self.r_min,
+            limits,
+            offset=self.bounds[0],
             rounding="nearest",
             ties={name: (crossings[name], float(c.trace())) for name, c in profile.gram.items()},
         )
-        return self._assemble(shapes_of(profile), ranks, profile=profile, budget=budget)
+        return self._assemble(profile, ranks, budget=budget, limits=limits)

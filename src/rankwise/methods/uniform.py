@@ -34,13 +34,10 @@ class Lora(Method):
         Raises:
             PlanError: r exceeds a module's smaller dimension.
         """
-        measured = profile if isinstance(profile, GradientProfile) else None
         shapes = shapes_of(profile)
         check_rank_fits(self.r, shapes)
         budget = self.r * sum(shape.rank_cost for shape in shapes.values())
-        return self._assemble(
-            shapes, dict.fromkeys(shapes, self.r), profile=measured, budget=budget
-        )
+        return self._assemble(profile, dict.fromkeys(shapes, self.r), budget=budget)
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class RaLora(Method):
         ranks = dict.fromkeys(shapes, self.r)
         budget = self.r * sum(shape.rank_cost for shape in shapes.values())
         blocks = blocks_by_gid(profile, ranks, self.n_max)
-        return self._assemble(shapes, ranks, blocks=blocks, profile=profile, budget=budget)
+        return self._assemble(profile, ranks, blocks=blocks, budget=budget)
 
 
 def blocks_by_gid(profile: GradientProfile, ranks: Mapping[str, int], n_max: int) -> dict[str, int]:

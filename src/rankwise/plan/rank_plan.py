@@ -1,4 +1,4 @@
-"""A rank plan: how much adapter each module gets; readable, savable, checked against a model."""
+"""`RankPlan`: savable, checked against a model, and turned into a `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
-from pydantic import ConfigDict, FiniteFloat, PositiveInt
+from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from rankwise.errors import PlanError, nearest
 from rankwise.files import parse_json, read_text, write_text
 from rankwise.provenance import model_fingerprint
-from rankwise.tables import layer_table, make_table, render
 from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 
 SCHEMA_VERSION = 1
@@ -84,6 +83,17 @@ class RankPlan:
         model: Name of the model.
         model_fingerprint: Fingerprint of the profiled model, or None if none was profiled.
         provenance: The profile's provenance and the method's options.
+        left_out: Modules that were looked at and get no adapter, rank 0.
+        look_alikes: Other modules of the model whose names end in the name of a module of this
+            plan; PEFT would match them too if it were given a list of names.
+        next_rank: Parameters of the cheapest further rank that the bounds allow, where the budget
+            is hard; None if there is none.
+        full: Whether every module has the largest rank that the bounds allow.
+        largest_total: Most parameters that whole ranks within bounds and budget can take, where
+            that was searched for.
+        captured: Part of the measured gradient energy `sum sigma^2` that updates of these ranks
+            can hold, for plain LoRA.
+        captured_by_uniform: The same of uniform ranks within the same budget.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -97,6 +107,13 @@ class RankPlan:
     model: str = ""
     model_fingerprint: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, LinearShape] = field(default_factory=dict)
+    look_alikes: list[str] = field(default_factory=list)
+    next_rank: PositiveInt | None = None
+    full: bool = False
+    largest_total: NonNegativeInt | None = None
+    captured: FiniteFloat | None = None
+    captured_by_uniform: FiniteFloat | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -186,6 +203,8 @@ class RankPlan:
 
         Ranks go into `rank_pattern` and the constant scaling into `alpha_pattern`, one anchored
         and escaped key per module, because PEFT reads keys as regular expressions on suffixes.
+        `target_modules` is a list of full names, or, where PEFT would find such a name at the end
+        of another module's, a regular expression that matches the planned modules only.
 
         Args:
             **options: Forwarded to `LoraConfig`, for example `lora_dropout` or `task_type`.
@@ -203,7 +222,9 @@ class RankPlan:
         return LoraConfig(
             r=self.r_ref,
             lora_alpha=_plain(self.alpha),  # type: ignore[arg-type]  # PEFT takes floats too
-            target_modules=list(self.modules),
+            target_modules=exact_target_modules(
+                list(self.modules), [*self.modules, *self.left_out, *self.look_alikes]
+            ),
             rank_pattern={_exactly(name): rank for name, rank in uneven.items()},
             alpha_pattern={_exactly(name): _plain(alphas[name]) for name in uneven},
             **options,
@@ -211,34 +232,26 @@ class RankPlan:
 
     def diff(self, other: RankPlan) -> str:
         """A table of the modules that the two plans treat differently, this one's side first."""
-        names = list(dict.fromkeys([*self.modules, *other.modules]))
-        sides = [(name, self._cell(name), other._cell(name)) for name in names]
-        rows = [side for side in sides if side[1] != side[2]]
-        total = f"{self.parameters:,} -> {other.parameters:,} trainable parameters"
-        if not rows:
-            return f"the same adapters in all {len(names)} modules; {total}"
-        columns = ["module", self.method, other.method]
-        caption = f"{len(rows)} of {len(names)} modules differ; {total}"
-        return render(make_table(columns, rows, caption=caption))
+        from rankwise.plan.words import diff
 
-    def _cell(self, name: str) -> str:
-        module = self.modules.get(name)
-        if module is None:
-            return "none"
-        return f"r={module.rank}" + (f" n={module.blocks}" if self.adapter == "ralora" else "")
+        return diff(self, other)
+
+    def verdict(self) -> str:
+        """One line: what the plan does, compared with uniform ranks of the same total."""
+        from rankwise.plan.words import verdict
+
+        return verdict(self)
+
+    def to_markdown(self) -> str:
+        """The plan as a block for a model card: verdict, totals, provenance and table."""
+        from rankwise.plan.words import markdown
+
+        return markdown(self)
 
     def __str__(self) -> str:
-        with_blocks = self.adapter == "ralora"
-        cells = {name: self._cell(name) for name in self.modules}
-        caption = f"{len(self.modules)} modules, {self.parameters:,} trainable parameters"
-        if self.budget is not None:
-            caption += f" of {self.budget:,} ({self.budget - self.parameters:,} left)"
-        if with_blocks:
-            counts = [m.blocks for m in self.modules.values()]
-            mean = sum(counts) / len(counts)
-            caption += f"; blocks: mean {mean:.1f}, min {min(counts)}, max {max(counts)}"
-        title = f"{self.method} for {self.model or 'a model'}, alpha={_plain(self.alpha)}"
-        return layer_table(cells, title=title, caption=caption)
+        from rankwise.plan.words import table
+
+        return table(self)
 
 
 def _exactly(name: str) -> str:

@@ -1,0 +1,5 @@
+"""A rank plan: how much adapter each module gets; readable, savable, checked against a model."""
+
+from rankwise.plan.rank_plan import AdapterKind, ModulePlan, RankPlan, module_plans
+
+__all__ = ["AdapterKind", "ModulePlan", "RankPlan", "module_plans"]
