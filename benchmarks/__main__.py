@@ -6,15 +6,17 @@ import sys
 
 import torch
 
-from benchmarks import gradients, smollm2, spectra
+from benchmarks import gradients, planning, smollm2, spectra
 from benchmarks.timing import write
+
+MODULES = (spectra, planning, gradients, smollm2)
 
 
 def main() -> None:
     """Run every benchmark; --quick takes fewer and smaller ones."""
     quick = "--quick" in sys.argv[1:]
     torch.manual_seed(0)
-    rows = [row for module in (spectra, gradients, smollm2) for row in module.measure(quick=quick)]
+    rows = [row for module in MODULES for row in module.measure(quick=quick)]
     print(write(rows, "make bench-quick" if quick else "make bench"))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from rankwise.curve import budget_curve
+from rankwise.curve import BudgetCurve, BudgetPoint, budget_curve
 from rankwise.errors import PlanError
 from rankwise.methods import METHODS, Gard, LoraGid, LsLora, RaLoraPro, WaterFill
 from rankwise.plan import RankPlan
@@ -187,8 +187,16 @@ class TestBudgetCurve:
         assert "ask for more rank" in budget_curve(flat, ranks=[1, 8, 32]).recommendation()
         steep = with_spectra({name: [1.0, 1e-3] for name in SHAPES})
         text = budget_curve(steep).recommendation()
-        assert text.startswith("r = 1 (576 parameters) can capture 100.0% of the gradient energy")
-        assert "doubling it would add 0.0 percentage points" in text
+        assert text.startswith("r = 1 (576 parameters, budget=r=1) can capture 100.0% of the grad")
+        assert "doubling the budget once more would add 0.0 percentage points" in text
+
+    def test_the_knee_is_farthest_from_the_chord(self) -> None:
+        shares = (0.5, 0.7, 0.85, 0.88, 0.9)  # 0.1 a doubling on average
+        points = tuple(BudgetPoint(2**i, 2**i, s, s) for i, s in enumerate(shares))
+        curve = BudgetCurve(points, batches=4)
+        assert curve.average_gain == pytest.approx(0.1)
+        assert curve.knee.r == 4
+        assert "r = 4 (4 parameters, budget=r=4) can capture 85.0%" in curve.recommendation()
 
     def test_table(self) -> None:
         text = str(budget_curve(with_spectra({name: [1.0] for name in SHAPES}), ranks=[1, 2]))

@@ -267,9 +267,7 @@ class TestOptions:
             RaLoraPro(**options)
 
     def test_budget(self) -> None:
-        with pytest.raises(
-            PlanError, match=r"'paypal' is not .*Or 'exact' or 'paper'"
-        ):
+        with pytest.raises(PlanError, match=r"'paypal' is not .*Or 'exact' or 'paper'"):
             RaLoraPro(budget="paypal")
 
     @pytest.mark.parametrize("method", [Lora(r=65), RaLora(r=65)])

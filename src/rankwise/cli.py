@@ -147,7 +147,10 @@ def plan(
     profile: Annotated[Path, typer.Argument(help="A folder that `rankwise profile` wrote.")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(help="Options of the method, such as r=8 alpha=16 n_max=32."),
+        typer.Argument(
+            help="Options of the method, such as r=8 r_min=0 budget=2.4M, budget=0.5%, "
+            "'budget=10MB bf16', around=plan.json delta=2, 'fixed={q_proj: 4}'."
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -163,8 +166,20 @@ def plan(
     recommend: Annotated[
         bool, typer.Option("--recommend", help="Instead of a plan: a budget, with its reason.")
     ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the plan as a block for a model card.")
+    ] = False,
 ) -> None:
-    """Decide each layer's rank and blocks from a profile, and print the plan as a table."""
+    """Decide each layer's rank and blocks from a profile, and print the plan as a table.
+
+    Typical use: see what budgets can capture, take one, save the plan:
+
+        rankwise plan runs/profile --curve --recommend
+
+        rankwise plan runs/profile --method water-fill budget=2.4M --out plan.json
+
+    A budget is never exceeded. docs/train.md lists the options of every method.
+    """
     from rankwise.curve import budget_curve
     from rankwise.profiling import GradientProfile
     from rankwise.training.config import make_method, parse_assignment
@@ -181,7 +196,7 @@ def plan(
     made = chosen.plan(measured)
     if out is not None:
         made.save(out)
-    _out.print(str(made))
+    _out.print(made.to_markdown() if markdown else str(made))
     if out is not None:
         _err.print(f"plan saved to {out}")
 
@@ -191,7 +206,7 @@ def diff(
     before: Annotated[Path, typer.Argument(help="A plan.")],
     after: Annotated[Path, typer.Argument(help="Another plan for the same model.")],
 ) -> None:
-    """Show which modules two plans treat differently."""
+    """Show which modules two plans treat differently, and the parameters of both."""
     from rankwise.plan import RankPlan
 
     _out.print(RankPlan.load(before).diff(RankPlan.load(after)))

@@ -13,8 +13,8 @@ from rankwise.methods.base import caps_of, costs_of, energies_of
 from rankwise.profiling import GradientProfile
 from rankwise.tables import make_table, render
 
-ENOUGH = 0.05
-"""A doubling of the budget that captures less of the energy than this is not recommended."""
+_FLAT = 1e-9
+"""A curve less above its chord than this is a straight line, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +47,47 @@ class BudgetCurve:
     batches: int
 
     @property
+    def average_gain(self) -> float:
+        """What a doubling adds on average, from the smallest to the largest budget."""
+        doublings = max(len(self.points) - 1, 1)
+        return (self.points[-1].water_fill - self.points[0].water_fill) / doublings
+
+    @property
     def knee(self) -> BudgetPoint:
-        """The smallest budget whose doubling captures less than `ENOUGH` more of the energy."""
-        for point, doubled in zip(self.points, self.points[1:], strict=False):
-            if doubled.water_fill - point.water_fill < ENOUGH:
-                return point
-        return self.points[-1]
+        """The budget where doublings stop buying more than an average one.
+
+        The point farthest above the chord between the curve's ends, captured energy over the
+        logarithm of the budget: before it a doubling adds more than `average_gain`, after it less.
+        It needs no threshold, but it depends on the range of budgets looked at.
+        """
+        first = self.points[0].water_fill
+        above = [p.water_fill - first - i * self.average_gain for i, p in enumerate(self.points)]
+        if self.average_gain < _FLAT:
+            return self.points[0]
+        # the curve of an even spectrum lies below its chord: nothing but its end is a choice
+        return self.points[above.index(max(above))] if max(above) > _FLAT else self.points[-1]
 
     def recommendation(self) -> str:
         """The recommended budget and its reason, in words that can be quoted."""
         knee = self.knee
         later = self.points[self.points.index(knee) + 1 :]
         captured = (
-            f"r = {knee.r} ({knee.parameters:,} parameters) can capture {knee.water_fill:.1%} of "
-            f"the gradient energy measured over {self.batches} batches"
+            f"r = {knee.r} ({knee.parameters:,} parameters, budget=r={knee.r}) can capture "
+            f"{knee.water_fill:.1%} of the gradient energy measured over {self.batches} batches"
         )
         if not later:
             return (
-                f"{captured}, and every doubling up to here still gains {ENOUGH:.0%} or more: the "
+                f"{captured}, and no doubling up to here adds less than the ones before it: the "
                 "gradients ask for more rank than the largest budget looked at."
             )
         gain = later[0].water_fill - knee.water_fill
         return (
-            f"{captured}; doubling it would add {gain * 100:.1f} percentage points, less than the "
-            f"{ENOUGH:.0%} that would justify it. Equal ranks at this size capture "
-            f"{knee.uniform:.1%}. Energy says where more rank stops buying a better first step, "
-            "not what the loss will be after training."
+            f"{captured}; equal ranks of this size capture {knee.uniform:.1%}. It is the knee of "
+            f"the curve: doubling the budget once more would add {gain * 100:.1f} percentage "
+            f"points, where an average doubling from r = {self.points[0].r} to "
+            f"r = {self.points[-1].r} adds {self.average_gain * 100:.1f}. Energy says where more "
+            "rank stops buying a better first step; training follows many gradients, so take it "
+            "as where to start, not as what the loss will be."
         )
 
     def __str__(self) -> str:
