@@ -101,10 +101,10 @@ def check_feasible(costs: Mapping[str, int], budget: int, limits: Limits) -> Non
     """
     least, most = (sum(limits[name][i] * cost for name, cost in costs.items()) for i in (0, 1))
     if budget < least:
-        r_min = max((limits[name][0] for name in costs), default=0)
         raise PlanError(
-            f"budget of {budget} parameters is infeasible with r_min={r_min}: these "
-            f"{len(costs)} modules take from {least} to {most}. Raise the budget or lower r_min."
+            f"budget of {budget} parameters is infeasible: within their bounds these {len(costs)} "
+            f"modules take from {least} to {most}. Raise the budget, or lower r_min or what fixes "
+            "the ranks."
         )
 
 

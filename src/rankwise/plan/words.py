@@ -35,11 +35,11 @@ def markdown(plan: RankPlan) -> str:
 
 def totals(plan: RankPlan) -> str:
     """Modules, parameters, the budget, and why something is left of it."""
-    text = f"{len(plan.modules)} modules, {plan.parameters:,} trainable parameters"
+    text = f"{_modules(len(plan.modules))}, {plan.parameters:,} trainable parameters"
     if plan.budget is not None:
         text += f" of {plan.budget:,} ({remainder(plan)})"
     if plan.left_out:
-        text += f"; {len(plan.left_out)} modules get none"
+        text += f"; {_modules(len(plan.left_out))} without an adapter"
     if plan.adapter == "ralora":
         counts = [module.blocks for module in plan.modules.values()]
         mean = sum(counts) / len(counts)
@@ -73,10 +73,11 @@ def verdict(plan: RankPlan) -> str:
     blocks = ", split into blocks" if any(m.blocks > 1 for m in plan.modules.values()) else ""
     if len(set(ranks.values())) == 1:
         return f"Verdict: the same rank in every module, as in plain LoRA{blocks}."
+    uniform = f"r = {even:.3g} everywhere" if even >= 1 else "less than r = 1 everywhere"
     moved = math.fsum(max(rank - even, 0) * costs[name] for name, rank in ranks.items())
     text = (
         f"Verdict: {moved / plan.parameters:.0%} of the parameters are elsewhere than with uniform "
-        f"ranks (r = {even:.3g} everywhere){_whereto(ranks)}{blocks}"
+        f"ranks ({uniform}){_whereto(ranks)}{blocks}"
     )
     if plan.captured is not None and plan.captured_by_uniform is not None:
         text += (
@@ -124,6 +125,10 @@ def _cell(plan: RankPlan, name: str) -> str:
     if module is None:
         return "none"
     return f"r={module.rank}" + (f" n={module.blocks}" if plan.adapter == "ralora" else "")
+
+
+def _modules(count: int) -> str:
+    return "1 module" if count == 1 else f"{count} modules"
 
 
 def _rank(plan: RankPlan, name: str) -> int:
