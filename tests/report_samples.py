@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from rankwise.plan import RankPlan
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
@@ -18,10 +19,20 @@ KINDS = {"attn.q_proj": (64, 64), "attn.k_proj": (64, 32), "mlp.down_proj": (128
 
 
 def make_profile(
-    layers: int = 2, prefix: str = "model.layers", model: str = "tiny", outside: bool = True
+    layers: int = 2,
+    prefix: str = "model.layers",
+    model: str = "tiny",
+    outside: bool = True,
+    more: bool = False,
+    size: int = 1,
 ) -> GradientProfile:
+    """A profile of made-up numbers; `more` adds Gram matrices, Fisher information, convergence."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {f"{prefix}.{i}.{k}": shape for i in range(layers) for k, shape in KINDS.items()}
+    shapes = {
+        f"{prefix}.{i}.{k}": (size * d_in, size * d_out)
+        for i in range(layers)
+        for k, (d_in, d_out) in KINDS.items()
+    }
     if outside:
         shapes["model.projector"] = (64, 64)
     modules, spectra = {}, {}
@@ -35,7 +46,16 @@ def make_profile(
             sensitivity=float(torch.rand(1, generator=generator)) * 1e-4 + 1e-6,
             batches=4,
             rows=512,
+            fisher=float(torch.rand(1, generator=generator)) * 1e-6 if more else None,
         )
+    gram = {
+        name: (g := torch.rand(4, 9, generator=generator, dtype=torch.float64)) @ g.T
+        for name in shapes
+    }
+    convergence = {
+        name: torch.rand(3, generator=generator, dtype=torch.float64).sort().values * 30
+        for name in shapes
+    }
     provenance = ProfileProvenance(
         model=model,
         model_fingerprint="0123456789abcdef",
@@ -48,7 +68,13 @@ def make_profile(
         seconds=1.25,
         versions={"torch": "2.13.0"},
     )
-    return GradientProfile(modules, spectra, provenance)
+    return GradientProfile(
+        modules,
+        spectra,
+        provenance,
+        gram=gram if more else None,
+        convergence=convergence if more else None,
+    )
 
 
 def make_record(plan: RankPlan, **changes: Any) -> RunRecord:
@@ -80,6 +106,33 @@ def save_run(folder: Path, plan: RankPlan, profile: GradientProfile | None, **ch
     plan.save(folder / "plan.json")
     if profile is not None:
         profile.save(folder / "profile")
+    return folder
+
+
+def save_adapter(folder: Path, plan: RankPlan, **config: Any) -> Path:
+    """An adapter of the plan's shape with random factors, as PEFT writes it."""
+    folder.mkdir(parents=True)
+    kind = plan.adapter
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, module in plan.modules.items():
+        n, r = module.blocks, module.rank
+        a = torch.randn(n, r, module.d_in // n, generator=generator)
+        b = torch.randn(n, module.d_out // n, r, generator=generator) * 0.01
+        key = f"base_model.model.{name}.{kind}"
+        tensors[f"{key}_A.weight"] = a if kind == "ralora" else a[0]
+        tensors[f"{key}_B.weight"] = b if kind == "ralora" else b[0]
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    values: dict[str, Any] = {
+        "peft_type": kind.upper(),
+        "r": plan.r_ref,
+        ("alpha" if kind == "ralora" else "lora_alpha"): plan.alpha,
+        "base_model_name_or_path": "/secret/place/tiny",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(values | config))
     return folder
 
 

@@ -1,6 +1,7 @@
 """rankwise: how much adapter each layer needs, measured from gradients.
 
-Importing this package registers its adapter types with PEFT.
+Importing this package registers its adapter types with PEFT, and how profiles and plans look in
+notebooks.
 """
 
 from rankwise.adapters import RaLoraConfig, attach
@@ -9,6 +10,7 @@ from rankwise.errors import RankwiseError
 from rankwise.methods import Compose, Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
+from rankwise.report import notebook as _notebook  # noqa: F401
 from rankwise.spectra import (
     effective_rank,
     energy_crossing,

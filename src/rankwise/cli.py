@@ -255,13 +255,22 @@ def inspect(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path], typer.Argument(help="Profiles, plans and runs to show.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Profiles, plans, runs and adapters to show.")
+    ],
     out: Annotated[Path, typer.Option(help="The HTML page.")] = Path("report.html"),
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Also a Markdown block for a model card here, with SVGs beside it."),
+    ] = None,
 ) -> None:
-    """Make one self-contained HTML page of saved profiles, plans and runs."""
+    """Make one self-contained HTML page of saved profiles, plans, runs and adapters.
+
+    Beside report.html, report.json holds every number that the page shows.
+    """
     from rankwise.report import write_report
 
-    write_report(paths, out)
+    _out.print(write_report(paths, out, card=card))
     _out.print(f"report: {out}")
 
 

@@ -5,25 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plotly.offline import get_plotlyjs
 
 from rankwise.errors import FileError, RankwiseError
 from rankwise.methods import Lora, RaLora
-from rankwise.plan import RankPlan
-from rankwise.profiling.profile import GradientProfile
 from rankwise.records import RunRecord
 from rankwise.report import write_report
-from rankwise.report.figures import heatmap_groups, kind_labels, plain
 from rankwise.report.load import load_report
-from rankwise.report.words import short
-from rankwise.spectra import effective_rank
 from report_samples import Page, make_profile, numbers, save_run
 
 
@@ -34,63 +27,6 @@ def runs(tmp_path: Path) -> list[Path]:
         save_run(tmp_path / "a", RaLora(r=4).plan(profile), profile),
         save_run(tmp_path / "b", Lora(r=4).plan(profile), None),
     ]
-
-
-def test_every_number_is_the_records(runs: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "out" / "report.html"
-    write_report(runs, out)
-    page = Page(out)
-    saved = json.loads((out.parent / "report.json").read_text(encoding="utf-8"))
-    assert page.data("report") == saved
-    assert saved["schema_version"] == 1
-
-    for run, folder in zip(saved["runs"], runs, strict=True):
-        record = RunRecord.load(folder / "record.json")
-        assert run["trainable_parameters"] == record.trainable_parameters
-        assert [(p["step"], p["loss"], p["perplexity"], p["tokens"]) for p in run["held_out"]] == [
-            (p.step, p.loss, p.perplexity, p.tokens) for p in record.held_out
-        ]
-        assert [(p["step"], p["loss"]) for p in run["train_loss"]] == [
-            (p.step, p.loss) for p in record.train_loss
-        ]
-        assert run["seconds"] == record.seconds
-        assert run["peak_memory_mib"] == record.peak_memory_mib
-        assert run["blocks"]["max"] == max(record.blocks.values())
-    for plan, folder in zip(saved["plans"], runs, strict=True):
-        modules = RankPlan.load(folder / "plan.json").modules
-        assert {
-            n: (m["rank"], m["blocks"], m["parameters"]) for n, m in plan["modules"].items()
-        } == {n: (m.rank, m.blocks, m.parameters) for n, m in modules.items()}
-    profile = GradientProfile.load(runs[0] / "profile")
-    assert {n: m["gid"] for n, m in saved["profiles"][0]["modules"].items()} == profile.gid
-
-    known = numbers(saved)
-    assert page.values
-    assert set(page.values) <= known
-
-    figures = page.data("figures")
-    drawn = {(t["name"], t["meta"]["part"]): t for t in figures["losses"]["data"]}
-    for run in saved["runs"]:
-        for part, key in (("training", "train_loss"), ("held-out", "held_out")):
-            trace = drawn[f"{run['label']}: {part}", part]
-            assert trace["x"] == [p["step"] for p in run[key]]
-            assert trace["y"] == [p["loss"] for p in run[key]]
-    sources = [*saved["profiles"], *saved["plans"]]
-    assert len(figures["heatmaps"]) == len(sources) == 3
-    for group, source in zip(figures["heatmaps"], sources, strict=True):
-        grid = group["figure"]["data"][0]["customdata"]
-        assert group["views"]
-        for view in group["views"]:
-            base = {"sensitivity": 10, "blocks": 2}.get(view["key"])
-            cells = {
-                cell[0]: z
-                for names, row in zip(grid, view["trace"]["z"], strict=True)
-                for cell, z in zip(names, row, strict=True)
-            }
-            assert len(cells) == 6
-            for name, z in cells.items():
-                value = source["modules"][name][view["key"]]
-                assert (z if base is None else base**z) == pytest.approx(value, rel=1e-12)
 
 
 def test_the_page_is_self_contained(runs: list[Path], tmp_path: Path) -> None:
@@ -155,7 +91,9 @@ def test_names_with_markup_stay_text(tmp_path: Path) -> None:
         return [value] if isinstance(value, str) else []
 
     figures = page.data("figures")
-    shown = strings(figures["losses"]) + strings([g["figure"] for g in figures["heatmaps"]])
+    shown = strings([v["figure"] for some in figures["plots"].values() for v in some]) + strings(
+        [g["figure"] for g in figures["heatmaps"]]
+    )
     tags = {tag for text in shown for tag in re.findall(r"<[^>]*>", text)}
     assert tags <= {"<br>", "<extra>", "</extra>"}
 
@@ -178,10 +116,14 @@ def test_each_kind_alone(kind: str, tmp_path: Path) -> None:
     ids = {attrs.get("id") for tag, attrs in page.tags if tag == "section"}
     has_run = kind in ("run", "record")
     assert ("runs" in ids, "loss" in ids) == (has_run, has_run)
+    assert ("plans" in ids, "serving" in ids) == (kind != "profile", kind != "profile")
+    assert ("curve" in ids) == (kind == "profile")
+    assert not {"convergence", "fisher", "updates", "stable-ranks"} & ids
     assert {"layers", "outside", "modules", "provenance"} <= ids
     views = [v["key"] for g in page.data("figures")["heatmaps"] for v in g["views"]]
+    measured = ["gid", "directions", "stable_rank", "participation_ratio", "sensitivity"]
     assert views == {
-        "profile": ["gid", "stable_rank", "sensitivity"],
+        "profile": [*measured, "gradient_norm"],
         "record": ["rank", "blocks"],
     }.get(kind, ["rank", "blocks", "parameters"])
     assert set(page.values) <= numbers(json.loads(out.with_suffix(".json").read_text()))
@@ -230,17 +172,6 @@ def test_without_plotly_the_remedy_is_named(
         write_report(runs, tmp_path / "report.html")
 
 
-def test_two_thousand_modules_are_quick_and_small(tmp_path: Path) -> None:
-    profile = make_profile(layers=667)
-    assert len(profile.modules) == 2002
-    folder = save_run(tmp_path / "run", RaLora(r=4).plan(profile), profile)
-    out = tmp_path / "report.html"
-    started = time.perf_counter()
-    write_report([folder], out)
-    assert time.perf_counter() - started < 10
-    assert out.stat().st_size < 12_000_000
-
-
 def test_the_words_claim_no_winner_from_single_seeds(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     write_report(runs, out)
@@ -266,45 +197,3 @@ def test_equal_plans_and_profiles_appear_once_and_labels_differ(tmp_path: Path) 
         "ralora, seed 0, twin",
     ]
     assert (len(report.profiles), len(report.plans)) == (1, 1)
-
-
-def test_a_zero_gradient_is_left_blank_and_said(tmp_path: Path) -> None:
-    profile = make_profile(outside=False)
-    first = next(iter(profile.modules))
-    modules = {**profile.modules, first: replace(profile.modules[first], sensitivity=0.0)}
-    spectra = {**profile.singular_values, first: torch.zeros(64, dtype=torch.float64)}
-    GradientProfile(modules, spectra, profile.provenance).save(tmp_path / "profile")
-    group = heatmap_groups(load_report([tmp_path / "profile"]))[0]
-    sensitivity = next(view for view in group["views"] if view["key"] == "sensitivity")
-    assert sensitivity["trace"]["z"][0][0] is None
-    assert "1 modules of value 0" in sensitivity["reading"]
-    gid = next(view for view in group["views"] if view["key"] == "gid")
-    assert gid["trace"]["z"][0][0] == effective_rank(spectra[first]) == 0
-
-
-def test_kind_labels_are_short_and_distinct() -> None:
-    kinds = ["attn.q", "attn.out", "mlp.out", "out", "mlp.experts.0.up"]
-    assert kind_labels(kinds) == ["q", "attn.out", "mlp.out", "out", "up"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (312.4, "312"),
-        (31.24, "31.2"),
-        (3.124, "3.12"),
-        (99.96, "100"),
-        (9.996, "10.0"),
-        (0.5, "0.500"),
-        (0.001234, "1.23e-03"),
-        (12345.6, "12,346"),
-        (5e9, "5.00e+09"),
-    ],
-)
-def test_digits(value: float, text: str) -> None:
-    assert short(value) == text
-
-
-def test_plain_neutralises_what_plotly_reads() -> None:
-    assert plain("a<b>c</b>&lt;") == "a&lt;b&gt;c&lt;/b&gt;&amp;lt;"

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
+from rankwise.display import Displayed
 from rankwise.errors import PlanError, nearest
 from rankwise.files import parse_json, read_text, write_text
 from rankwise.provenance import model_fingerprint
@@ -70,7 +71,7 @@ class ModulePlan:
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankPlan(Displayed):
     """Ranks and blocks for every adapted module of one model, with where they came from.
 
     Attributes:

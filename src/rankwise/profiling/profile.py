@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankwise.display import Displayed
 from rankwise.errors import FileError, ProfileError
 from rankwise.files import new_folder, parse_json, read_tensors, read_text
 from rankwise.profiling.staging import prefixes
@@ -124,7 +125,7 @@ class _ProfileDocument:
 
 
 @dataclass(frozen=True)
-class GradientProfile:
+class GradientProfile(Displayed):
     """Statistics of every target's gradient, with what they were measured on.
 
     Attributes:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankwise.report.load import PlanView, ProfileView, Report, RunView
+from rankwise.report.views import PlanView, ProfileView, Report, RunView, UpdateView
 
 _EQUAL_SIZE = 0.01  # trainable parameters this close, relatively, count as equal
+_NAMED_PLANS = 2  # more plans than this are summed up in one paragraph
 _NAMED_RUNS = 4  # more runs than this are summed up by method
 
 
@@ -18,6 +19,19 @@ def whole(value: float) -> str:
 def loss(value: float) -> str:
     """A loss in nats per token, to four decimals."""
     return f"{value:.4f}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with three significant digits, `94.1 %`; never 100 % for less."""
+    shown = f"{value:.1%}"
+    if shown == "100.0%":
+        shown = "100%" if value >= 1 else f"{min(value, 0.99999):.3%}"
+    return shown.replace("%", " %")
+
+
+def scientific(value: float) -> str:
+    """Two significant digits with an exponent: `1.2e-06`."""
+    return f"{value:.1e}"
 
 
 def short(value: float) -> str:
@@ -41,9 +55,13 @@ def takeaway(report: Report) -> list[str]:
     if report.runs:
         words = [_losses(report.runs), *_sizes(report.runs), *_blocks(report.runs)]
         paragraphs = [" ".join(words)]
+        return paragraphs + [_profile(profile) for profile in report.profiles]
+    paragraphs = [_profile(profile) for profile in report.profiles]
+    if len(report.plans) > _NAMED_PLANS:
+        paragraphs.append(_plans(report.plans))
     else:
-        paragraphs = [_plan(plan) for plan in report.plans]
-    return paragraphs + [_profile(profile) for profile in report.profiles]
+        paragraphs += [_plan(plan) for plan in report.plans]
+    return paragraphs + [_update(update) for update in report.updates]
 
 
 def caveats(report: Report) -> list[str]:
@@ -104,8 +122,21 @@ def next_step(report: Report) -> tuple[str, str]:
             "rankwise train run.yaml method.name=lora output=runs/lora",
         )
     if report.plans:
-        return "Next: train with this plan.", "rankwise train run.yaml plan=plan.json"
-    return "Next: turn the profile into a plan.", "rankwise plan PROFILE r=8 --out plan.json"
+        which = "this plan" if len(report.plans) == 1 else "one of these plans"
+        return f"Next: train with {which}.", "rankwise train run.yaml plan=plan.json"
+    if not report.profiles:
+        return "Next: report it together with its run or its plan.", "rankwise report RUN ADAPTER"
+    batches = [p.provenance["batches"] for p in report.profiles if _unsettled(p)]
+    if batches:
+        return (
+            "Next: measure more batches, because the last ones still changed the dimensions.",
+            f"rankwise profile MODEL DATA --batches {2 * max(batches)} --statistics convergence "
+            "--out PROFILE",
+        )
+    return (
+        "Next: turn the profile into a plan, and report both.",
+        "rankwise plan PROFILE r=8 --out plan.json",
+    )
 
 
 def _seeds(runs: Sequence[RunView], method: str) -> int:
@@ -166,6 +197,34 @@ def _plan(plan: PlanView) -> str:
     return words + (f" of {whole(plan.budget)} allowed." if plan.budget is not None else ".")
 
 
+def _plans(plans: Sequence[PlanView]) -> str:
+    """All plans in one sentence."""
+    sizes = [plan.parameters for plan in plans]
+    low, high = min(sizes), max(sizes)
+    span = whole(low) if low == high else f"{whole(low)} to {whole(high)}"
+    ranks = [
+        f"{plan.label} {plan.ranks.min:g}"
+        + (f" to {plan.ranks.max:g}" if plan.ranks.max > plan.ranks.min else "")
+        + (f" in up to {plan.blocks.max:g} blocks" if plan.blocks.max > 1 else "")
+        for plan in plans
+    ]
+    return f"{len(plans)} plans of {span} trainable parameters give ranks: {'; '.join(ranks)}."
+
+
+def _update(update: UpdateView) -> str:
+    modules = update.modules.values()
+    used = sum(module.update_stable_rank for module in modules) / len(modules)
+    given = sum(module.rank * module.blocks for module in modules) / len(modules)
+    return (
+        f"The learned updates of {update.label} use {short(used)} directions a module on average "
+        f"(stable rank) of the {short(given)} they were given."
+    )
+
+
+def _unsettled(profile: ProfileView) -> bool:
+    return profile.convergence is not None and not profile.convergence.settled
+
+
 def _profile(profile: ProfileView) -> str:
     words = (
         f"The gradients of {len(profile.modules):,} modules span {short(profile.gid.min)} to "
@@ -178,5 +237,11 @@ def _profile(profile: ProfileView) -> str:
         words += (
             f": fewest in {low} (mean {short(kinds[low].mean)}), most in {high} "
             f"(mean {short(kinds[high].mean)})"
+        )
+    if profile.curve is not None:
+        chosen = next(p for p in profile.curve.points if p.r == profile.curve.recommended_r)
+        words += (
+            f". The best ranks in the budget of rank {chosen.r} already hold "
+            f"{percent(chosen.water_fill)} of the gradient energy"
         )
     return words + "."

@@ -1,0 +1,70 @@
+"""A run record as the report shows it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rankwise.records import RunRecord
+from rankwise.report.plan_view import recorded_plan, scalars
+from rankwise.report.views import LossPoint, RunView
+
+# what of a run's configuration a reader needs to judge its numbers
+_SETTINGS = {
+    "training": (
+        "batch_size",
+        "gradient_accumulation",
+        "learning_rate",
+        "scheduler",
+        "warmup",
+        "weight_decay",
+        "dropout",
+    ),
+    "data": ("max_length", "packing"),
+}
+
+
+def view_of_run(record: RunRecord, folder: str) -> RunView:
+    """All that the report says of a run."""
+    recorded = recorded_plan(record)
+    dtype = record.config.get("dtype")
+    settings: dict[str, Any] = {}
+    for section, keys in _SETTINGS.items():
+        values = record.config.get(section)
+        settings |= scalars(values, keys) if isinstance(values, dict) else {}
+    prints = {
+        part: str(facts["fingerprint"])
+        for part, facts in record.data.items()
+        if isinstance(facts, dict) and "fingerprint" in facts
+    }
+    return RunView(
+        label=record.method,
+        folder=folder,
+        method=record.method,
+        model=record.model,
+        model_fingerprint=record.model_fingerprint,
+        seed=record.seed,
+        trainable_parameters=record.trainable_parameters,
+        ranks=recorded.ranks,
+        blocks=recorded.blocks,
+        held_out=[
+            LossPoint(
+                point.step,
+                point.loss,
+                point.perplexity if math.isfinite(point.perplexity) else None,
+                point.tokens,
+            )
+            for point in record.held_out
+        ],
+        train_loss=[LossPoint(point.step, point.loss) for point in record.train_loss],
+        seconds=dict(record.seconds),
+        peak_memory_mib=record.peak_memory_mib,
+        train_tokens=record.train_tokens,
+        dtype=dtype if isinstance(dtype, str) else None,
+        settings=settings,
+        data=prints,
+        versions=dict(record.versions),
+        hardware=dict(record.hardware),
+        commit=record.commit,
+        finished=record.finished,
+    )

@@ -1,0 +1,182 @@
+"""A trained adapter as the report shows it: the singular values of its learned updates."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from rankwise.artifacts import ADAPTER_CONFIG_FILE
+from rankwise.errors import FileError
+from rankwise.files import read_tensors, read_text
+from rankwise.report.sampling import POINTS, places, sampled
+from rankwise.report.views import ModuleUpdate, UpdateView
+from rankwise.spectra import effective_rank, stable_rank
+from rankwise.targets import layer_position
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.((?:ra)?lora)_([AB])\.weight")
+
+
+def view_of_adapter(folder: Path, order: Sequence[str] = ()) -> UpdateView:
+    """The learned updates of a LoRA or RaLoRA adapter.
+
+    Args:
+        folder: What `save_pretrained` wrote.
+        order: Module names in model order, as far as they are known.
+
+    Raises:
+        FileError: A file is missing, malformed or not finite, or the update is not `s B A`.
+    """
+    config = _read_config(folder / ADAPTER_CONFIG_FILE)
+    kind = str(config.get("peft_type", "")).lower()
+    scaling = _scaling(config, kind, folder)
+    tensors = read_tensors(folder / WEIGHTS_FILE, "adapter weights")
+    factors: dict[str, dict[str, Tensor]] = {}
+    other = 0
+    for key, tensor in tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None or match[2] != kind:
+            other += 1
+        else:
+            factors.setdefault(match[1], {})[match[3]] = tensor
+    if not factors:
+        raise FileError(f"{folder / WEIGHTS_FILE}: holds no {kind} factors of linear layers.")
+    known = {name: i for i, name in enumerate(order)}
+    names = sorted(factors, key=lambda name: (known.get(name, len(known)), _natural(name)))
+    spectra: dict[str, Tensor] = {}
+    modules: dict[str, ModuleUpdate] = {}
+    for name in names:
+        a, b = _pair(factors[name], name, folder)
+        spectra[name] = update_spectrum(a, b) * scaling(name, a.shape[1])
+        modules[name] = _module(a, b, spectra[name])
+    return UpdateView(
+        label=f"{kind} adapter",
+        kind=kind,
+        base=_without_folders(str(config.get("base_model_name_or_path") or "")),
+        modules=modules,
+        sampled_at={
+            str(count): list(places(count)) for count in sorted({len(s) for s in spectra.values()})
+        },
+        median_spectra=_medians(spectra),
+        other_tensors=other,
+    )
+
+
+def update_spectrum(
+    a: Float[Tensor, "n r d_in_n"], b: Float[Tensor, "n d_out_n r"]
+) -> Float[Tensor, " k"]:
+    """Singular values of `blockdiag(B_1 A_1, ..., B_n A_n)` that can be non-zero, largest first.
+
+    Those of a block are those of `R_B R_A'`, with `B = Q_B R_B` and `A' = Q_A R_A`: an r x r matrix
+    instead of a d_out x d_in one.
+    """
+    r_b = torch.linalg.qr(b.double(), mode="r").R
+    r_a = torch.linalg.qr(a.double().mT, mode="r").R
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
+    return values.flatten().sort(descending=True).values
+
+
+def _module(a: Tensor, b: Tensor, spectrum: Tensor) -> ModuleUpdate:
+    blocks, rank, width = a.shape
+    return ModuleUpdate(
+        d_in=blocks * width,
+        d_out=blocks * b.shape[1],
+        rank=rank,
+        blocks=blocks,
+        update_norm=float(spectrum.norm()),
+        update_stable_rank=stable_rank(spectrum),
+        update_rank=effective_rank(spectrum),
+        singular_values=sampled(spectrum.numpy()),
+    )
+
+
+def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> Callable[[str, int], float]:
+    """The factor s of a module's update from its name and rank, as PEFT reads a configuration."""
+    if kind not in ("lora", "ralora"):
+        raise FileError(
+            f"{folder}: is an adapter of type {kind or 'unknown'!r}; the report reads the updates "
+            "of lora and ralora."
+        )
+    if config.get("use_dora"):
+        raise FileError(f"{folder}: is a DoRA adapter, whose update is not s B A.")
+    alpha = config.get("alpha" if kind == "ralora" else "lora_alpha")
+    r, patterns = config.get("r"), config.get("alpha_pattern") or {}
+    if not (_positive(alpha) and _positive(r) and isinstance(patterns, dict)):
+        raise FileError(f"{folder}: its configuration names no positive alpha and r.")
+    assert isinstance(alpha, int | float) and isinstance(r, int | float)
+    if kind == "ralora":
+        return lambda name, rank: alpha / r
+
+    def scaling(name: str, rank: int) -> float:
+        try:
+            own = patterns.get(get_pattern_key(list(patterns), name), alpha)
+        except re.error as error:
+            raise FileError(f"{folder}: alpha_pattern holds no regular expressions.") from error
+        if not _positive(own):
+            raise FileError(f"{folder}: alpha_pattern gives {name} an alpha of {own!r}.")
+        return float(own) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return scaling
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def _pair(factors: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """`A (n, r, d_in/n)` and `B (n, d_out/n, r)`; plain LoRA has one block."""
+    a, b = factors.get("A"), factors.get("B")
+    if a is None or b is None:
+        raise FileError(f"{folder}: module {name} has only one of its factors A and B.")
+    a, b = (factor.unsqueeze(0) if factor.ndim == 2 else factor for factor in (a, b))
+    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[1] != b.shape[2]:
+        raise FileError(
+            f"{folder}: the factors of {name} do not fit: A is {tuple(a.shape)}, "
+            f"B is {tuple(b.shape)}."
+        )
+    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+        raise FileError(f"{folder}: the factors of {name} hold a NaN or an infinity.")
+    return a, b
+
+
+def _medians(spectra: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    kinds: dict[str, list[Tensor]] = {}
+    for name, spectrum in spectra.items():
+        kinds.setdefault(layer_position(name).kind, []).append(spectrum)
+    medians = {}
+    for kind, members in kinds.items():
+        shared = min(POINTS, *(len(member) for member in members))
+        stacked = torch.stack([member[:shared] for member in members])
+        medians[kind] = [float(value) for value in stacked.quantile(0.5, dim=0)]
+    return medians
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
+
+
+def _without_folders(base: str) -> str:
+    """A hub id as it is; of a path of somebody's machine only the last part."""
+    local = base.startswith(("/", ".", "~")) or "\\" in base or base[1:2] == ":"
+    return PurePath(base.replace("\\", "/")).name if local else base
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(read_text(path, "adapter configuration"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"adapter configuration {path}: is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise FileError(f"adapter configuration {path}: must hold keys and values.")
+    return config
