@@ -197,3 +197,18 @@ def test_equal_plans_and_profiles_appear_once_and_labels_differ(tmp_path: Path) 
         "ralora, seed 0, twin",
     ]
     assert (len(report.profiles), len(report.plans)) == (1, 1)
+
+
+def test_a_profile_without_any_gradient_still_makes_a_page(tmp_path: Path) -> None:
+    profile = make_profile(more=True)
+    dead = replace(
+        profile,
+        modules={n: replace(m, gradient_norm=0.0, fisher=0.0) for n, m in profile.modules.items()},
+        singular_values={n: v * 0 for n, v in profile.singular_values.items()},
+        gram={n: g * 0 for n, g in (profile.gram or {}).items()},
+    )
+    dead.save(tmp_path / "profile")
+    write_report([tmp_path / "profile"], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert {"curve", "fisher"}.isdisjoint(page.data("figures")["plots"])
+    assert "7 of 7" in page.text
