@@ -126,10 +126,16 @@ def shown_numbers(page: Any) -> list[float]:
 def test_every_view_has_marks_and_fits(page: Any, width: int, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
-    page.wait_for_function(
+    fits = (
         "[...document.querySelectorAll('[data-plot]')]"
         ".every(plot => plot._fullLayout.width === plot.clientWidth)"
     )
+    # not wait_for_function: it polls from inside the page, whose policy forbids that
+    for _ in range(300):
+        if page.evaluate(fits):
+            break
+        page.wait_for_timeout(50)
+    assert page.evaluate(fits)
     plots = page.eval_on_selector_all("[data-plot]", "all => all.map(p => p.dataset.plot)")
     assert set(plots) == {
         "loss", "ranks", "histogram", "curve", "convergence", "fisher", "updates", "stable-ranks",
