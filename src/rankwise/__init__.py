@@ -4,7 +4,7 @@ Importing this package registers its adapter types with PEFT, and how profiles a
 notebooks.
 """
 
-from rankwise.adapters import RaLoraConfig, attach
+from rankwise.adapters import RaLoraConfig, attach, fuse_lora_, unfuse_lora_
 from rankwise.curve import BudgetCurve, budget_curve
 from rankwise.errors import RankwiseError
 from rankwise.methods import Compose, Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
@@ -48,10 +48,12 @@ __all__ = [
     "energy_crossing",
     "energy_rank",
     "find_targets",
+    "fuse_lora_",
     "gram_eigenvalues",
     "participation_ratio",
     "profile_gradients",
     "singular_values",
     "stable_rank",
     "threshold_rank",
+    "unfuse_lora_",
 ]

@@ -20,6 +20,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from rankwise.adapters.delta import DeltaLayer, DeltaModel
+from rankwise.adapters.fused import add_update, drops, frozen_linear, linear_with_update
 from rankwise.adapters.registration import peft_type
 from rankwise.allocation import dividing_blocks
 
@@ -198,6 +199,18 @@ class RaLoraLinear(DeltaLayer):
         """The dtype of an adapter's factors."""
         return next(self.ralora_A[adapter].parameters()).dtype
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `DeltaLayer`; one adapter on a plain frozen layer is computed together with it."""
+        active = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
+        if args or kwargs or len(active) != 1 or self.merged or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = active
+        a, b = self.factors(adapter)
+        frozen = frozen_linear(self.base_layer, x, a)
+        if frozen is None or drops(self.ralora_dropout[adapter]):
+            return super().forward(x)
+        return linear_with_update(x, *frozen, a, b, self.scaling[adapter])
+
     def add_delta(
         self,
         result: Float[Tensor, "*batch d_out"],
@@ -205,9 +218,8 @@ class RaLoraLinear(DeltaLayer):
         adapter: str,
     ) -> Float[Tensor, "*batch d_out"]:
         """`result + s blockdiag(B_i A_i) x` without forming the matrix."""
-        a, b = self.factors(adapter)
         dropped = self.ralora_dropout[adapter](x)
-        return add_block_diagonal(result, dropped, a, b, self.scaling[adapter])
+        return add_update(result, dropped, *self.factors(adapter), self.scaling[adapter])
 
     def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
         """The block-diagonal matrix `s blockdiag(B_i A_i)` in fp32 or wider."""
@@ -232,26 +244,6 @@ class RaLoraModel(DeltaModel):
     prefix = "ralora_"
     layer_cls = RaLoraLinear
     tuner_layer_cls = RaLoraLinear
-
-
-def add_block_diagonal(
-    result: Float[Tensor, "*batch d_out"],
-    x: Float[Tensor, "*batch d_in"],
-    a: Float[Tensor, "n r k"],
-    b: Float[Tensor, "n ko r"],
-    scaling: float,
-) -> Float[Tensor, "*batch d_out"]:
-    """`result + scaling blockdiag(b_1 a_1, ..., b_n a_n) x` for `d_in = n k` and `d_out = n ko`.
-
-    The intermediate is held rank-major, `(n, r, tokens)`, because `A x'` on a strided view of x is
-    faster than `x A'` and copies nothing; it is also the smallest place to scale. The blocks of the
-    output are added through a view, so that they are never gathered into a tensor of their own.
-    """
-    n, _, k = a.shape
-    z = torch.bmm(a, x.reshape(-1, n, k).permute(1, 2, 0)) * scaling
-    y = torch.bmm(z.transpose(1, 2), b.transpose(1, 2))
-    blocks = result.reshape(-1, n, b.shape[1])
-    return (blocks + y.transpose(0, 1)).reshape(result.shape)
 
 
 def _longest_match(pattern: Mapping[str, int], module: str, default: int) -> int:

@@ -1,0 +1,211 @@
+"""The fused layer: a low-rank or block-diagonal update in as few passes over memory as possible.
+
+`y = y0 + s blockdiag(B_1 A_1, ..., B_n A_n) x` costs little arithmetic and much memory traffic. So
+the tokens of one block are a strided view of x, never a copy; the update is accumulated by the
+product itself (`baddbmm_`) into the output; and so is its input gradient into that of the frozen
+layer. The backward pass is written by hand, because autograd would add both in passes of their own
+and form the gradient of B in the slow orientation:
+
+    z = s x A'        (n, tokens, r), the only intermediate, kept for the backward pass
+    y = y0 + z B'
+    u = s g B         (n, tokens, r)
+    dx = g W + u A,   dA = u' x,   dB = (z' g)'
+
+With r much smaller than the layer, `z' g` takes less than half the time of `g' z`; for the other
+products token-major z and u are as fast as rank-major ones or faster (MKL, AVX-512, r = 8 and 16).
+No tensor is as large as the weight, whatever n.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+
+def add_update(
+    result: Float[Tensor, "*batch d_out"],
+    x: Float[Tensor, "*batch d_in"],
+    a: Float[Tensor, "n r k"],
+    b: Float[Tensor, "n ko r"],
+    scaling: float,
+) -> Float[Tensor, "*batch d_out"]:
+    """`result + s blockdiag(b_1 a_1, ..., b_n a_n) x` for `d_in = n k` and `d_out = n ko`.
+
+    Works with any frozen or trainable layer behind `result`. The products are computed in the
+    factors' dtype (autocast's, where it is on), the sum in the wider of theirs and the result's.
+
+    Args:
+        result: What the update is added to; it is not changed.
+        x: Input of the layer, in the factors' dtype, dropout included.
+        a: Input factors; one block is LoRA's A.
+        b: Output factors; one block is LoRA's B.
+        scaling: The factor s.
+    """
+    x, a, b = _autocast(x, a, b)
+    return _AddUpdate.apply(result, x, a, b, scaling)[0]
+
+
+def linear_with_update(
+    x: Float[Tensor, "*batch d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None,
+    a: Float[Tensor, "n r k"],
+    b: Float[Tensor, "n ko r"],
+    scaling: float,
+) -> Float[Tensor, "*batch d_out"]:
+    """`W x + bias + s blockdiag(b_1 a_1, ..., b_n a_n) x` with W and bias frozen.
+
+    One step more than `add_update`: the update and its input gradient are accumulated where the
+    frozen layer has just written, so nothing is added in a pass of its own.
+
+    Args:
+        x: Input of the layer.
+        weight: W, which gets no gradient.
+        bias: Which gets no gradient either.
+        a: Input factors.
+        b: Output factors.
+        scaling: The factor s.
+    """
+    return _LinearWithUpdate.apply(x, weight, bias, a, b, scaling)[0]
+
+
+def frozen_linear(
+    base: nn.Module, x: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight `(d_out, d_in)` and bias of a layer that `linear_with_update` may compute itself.
+
+    None where calling the layer could do anything else than `W x + bias`: it is quantised, a
+    subclass, sharded, hooked or patched, it trains, or dtypes differ.
+    """
+    if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__ or _is_hooked(base):
+        return None
+    weight, bias = base.weight, base.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad:
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == factor.dtype:
+        return None
+    return (weight.T if type(base) is Conv1D else weight), bias
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether the adapter's input differs from the layer's, so that the two cannot share passes."""
+    return not isinstance(dropout, nn.Identity) and dropout.training
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+class _AddUpdate(torch.autograd.Function):
+    """Returns the sum and z, which the backward pass needs and nobody else sees."""
+
+    @staticmethod
+    def forward(
+        result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(result.dtype, a.dtype)
+        out = result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        z = _reduced(x, a, scaling)
+        _add_expanded_(out, z, b.transpose(1, 2))
+        return out, z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        result, x, a, b, ctx.scaling = inputs
+        ctx.result_dtype = result.dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, a, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, z = ctx.saved_tensors
+        narrow = gradient.to(a.dtype)
+        u = _reduced(narrow, b.transpose(1, 2), ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            _add_expanded_(grad_x, u, a, beta=0)
+        grad_a, grad_b = _factor_gradients(ctx, narrow, (x, a, z, u), ctx.needs_input_grad[2:4])
+        return gradient.to(ctx.result_dtype), grad_x, grad_a, grad_b, None
+
+
+class _LinearWithUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        out = F.linear(x, weight, bias)
+        z = _reduced(x, a, scaling)
+        _add_expanded_(out, z, b.transpose(1, 2))
+        return out, z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, a, b, ctx.scaling = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, a, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
+        u = _reduced(gradient, b.transpose(1, 2), ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient @ weight
+            _add_expanded_(grad_x, u, a)
+        grad_a, grad_b = _factor_gradients(ctx, gradient, (x, a, z, u), ctx.needs_input_grad[3:5])
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _in_blocks(x: Tensor, n: int) -> Tensor:
+    """`(..., n k)` as a view `(n, tokens, k)`."""
+    return x.reshape(-1, n, x.shape[-1] // n).transpose(0, 1)
+
+
+def _reduced(x: Tensor, factor: Tensor, scaling: float) -> Tensor:
+    """`scaling x_i factor_i'` for each block: `(n, tokens, r)`."""
+    return torch.bmm(_in_blocks(x, factor.shape[0]), factor.transpose(1, 2)) * scaling
+
+
+def _add_expanded_(out: Tensor, z: Tensor, factor: Tensor, *, beta: int = 1) -> None:
+    """Columns of block i become `beta` times what they were plus `z_i factor_i`."""
+    blocks = out.view(-1, factor.shape[0], factor.shape[2]).transpose(0, 1)
+    if blocks.dtype == z.dtype:
+        blocks.baddbmm_(z, factor, beta=beta)
+    else:
+        blocks.add_(torch.bmm(z, factor))
+
+
+def _factor_gradients(
+    ctx: Any, gradient: Tensor, saved: tuple[Tensor, ...], needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """`dA = u' x` and `dB = (z' g)'` for each block."""
+    x, a, z, u = saved
+    n = a.shape[0]
+    if torch.is_grad_enabled():
+        z = _reduced(x, a, ctx.scaling)  # the kept one is cut off from x and A: for second order
+    grad_a = torch.bmm(u.transpose(1, 2), _in_blocks(x, n)) if needed[0] else None
+    grad_b = torch.bmm(z.transpose(1, 2), _in_blocks(gradient, n)) if needed[1] else None
+    return grad_a, grad_b if grad_b is None else grad_b.transpose(1, 2)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would do to the operands of a product; a custom function must do it itself."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
