@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -265,10 +266,18 @@ class TestConfig:
             RaLoraConfig(dropout=dropout)
 
     @pytest.mark.parametrize(
-        ("option", "value"), [("init_fan_in", "blocks"), ("bias", "lora_only"), ("bias", None)]
+        ("option", "value"),
+        [
+            ("init_fan_in", "blocks"),
+            ("bias", "lora_only"),
+            ("bias", None),
+            ("scaling", "sqrt"),
+            ("rank_scaling", "rank"),
+            ("rank_scaling", ["r"]),
+        ],
     )
     def test_choices(self, option: str, value: Any) -> None:
-        with pytest.raises(ValueError, match=f"^{option}={value!r} must be "):
+        with pytest.raises(ValueError, match=f"^{option}={re.escape(repr(value))} must be "):
             RaLoraConfig(**{option: value})
 
     @pytest.mark.parametrize(
@@ -293,7 +302,10 @@ class TestConfig:
             target_modules=["a", "b"],
             exclude_modules=["c"],
             dropout=0.1,
+            rank_scaling="sqrt_r",
+            scaling="function",
             init_fan_in="block",
+            base_fingerprint="0123456789abcdef",
             bias="ralora_only",
             modules_to_save=["norm"],
         )

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.plan import RankPlan
+from rankwise.provenance import model_fingerprint
 
 
 def adapter_config(
@@ -19,7 +20,8 @@ def adapter_config(
     Args:
         plan: What each module gets.
         dropout: Probability of dropping an input of an adapter.
-        **options: Forwarded to the configuration class: `task_type`, `modules_to_save` and so on.
+        **options: Forwarded to the configuration class: `task_type`, `modules_to_save` and so on;
+            for block-diagonal adapters also `scaling`, `rank_scaling` and `init_fan_in`.
     """
     if plan.adapter == "lora":
         return plan.to_lora_config(lora_dropout=dropout, **options)
@@ -64,6 +66,8 @@ def attach(
         options["task_type"] = "CAUSAL_LM"
     config = adapter_config(plan, **options)
     config.target_modules = plan.target_modules(model)
+    if isinstance(config, RaLoraConfig):
+        config.base_fingerprint = model_fingerprint(model)
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 

@@ -1,8 +1,8 @@
 """RaLoRA: LoRA whose update is block-diagonal, so that the same parameters reach a higher rank.
 
 `delta_W = s blockdiag(B_1 A_1, ..., B_n A_n)`, `A_i (r, d_in/n)`, `B_i (d_out/n, r)`,
-`s = alpha / r_ref` (RaLoRA section 3.3). One block is plain LoRA; a fixed n for all layers is
-MELoRA.
+`s = alpha / r_ref` by default (RaLoRA section 3.3). One block is plain LoRA; a fixed n for all
+layers is MELoRA.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,9 +22,17 @@ from torch import Tensor, nn
 from rankwise.adapters.delta import DeltaLayer, DeltaModel
 from rankwise.adapters.fused import add_update, drops, frozen_linear, linear_with_update
 from rankwise.adapters.registration import peft_type
+from rankwise.adapters.scaling import BlockScaling, FanIn, RankScaling, update_scaling
 from rankwise.allocation import dividing_blocks
 
 logger = logging.getLogger(__name__)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "rank_scaling": get_args(RankScaling),
+    "scaling": get_args(BlockScaling),
+    "init_fan_in": get_args(FanIn),
+    "bias": ("none", "all", "ralora_only"),
+}
 
 
 @dataclass
@@ -33,8 +41,12 @@ class RaLoraConfig(PeftConfig):
 
     Attributes:
         r: Rank of each block, where `rank_pattern` names no other; also the reference rank of the
-            scaling `alpha / r`, which is the same for every layer.
+            scaling `alpha / r`, which by default is the same for every layer.
         alpha: Scaling numerator; default 16, as in the RaLoRA paper.
+        rank_scaling: What alpha is divided by: `"r_ref"`, which is `r`; `"r"` or `"sqrt_r"`, the
+            layer's own rank or its root. See `rankwise.adapters.scaling.update_scaling`.
+        scaling: `"paper"`, or `"function"` to multiply the factor by sqrt(n), so that the function
+            moves as fast as LoRA's; derived there.
         blocks: Diagonal blocks n, a power of two, where `blocks_pattern` names no other. Where n
             does not divide a layer, the largest power of two below it that does is used.
         rank_pattern: Module name, or the end of one after a dot -> rank. Names are literal, not
@@ -50,22 +62,27 @@ class RaLoraConfig(PeftConfig):
         modules_to_save: As in PEFT.
         layers_to_transform: As in PEFT.
         layers_pattern: As in PEFT.
+        base_fingerprint: Fingerprint of the model that the adapter was attached to, for the check
+            when it is loaded; `rankwise.attach` fills it in.
     """
 
     r: int = 8
     alpha: float = 16
+    rank_scaling: RankScaling = "r_ref"
+    scaling: BlockScaling = "paper"
     blocks: int = 1
     rank_pattern: dict[str, int] = field(default_factory=dict)
     blocks_pattern: dict[str, int] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     dropout: float = 0.0
-    init_fan_in: Literal["full", "block"] = "full"
+    init_fan_in: FanIn = "full"
     init_weights: bool = True
     bias: Literal["none", "all", "ralora_only"] = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    base_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,10 +116,11 @@ class RaLoraConfig(PeftConfig):
             raise ValueError(f"alpha={self.alpha!r} must be a positive number.")
         if not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r} must be a number in [0, 1).")
-        if self.init_fan_in not in ("full", "block"):
-            raise ValueError(f"init_fan_in={self.init_fan_in!r} must be 'full' or 'block'.")
-        if self.bias not in ("none", "all", "ralora_only"):
-            raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or 'ralora_only'.")
+        for option, choices in _CHOICES.items():
+            value = getattr(self, option)
+            if not isinstance(value, str) or value not in choices:
+                allowed = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
+                raise ValueError(f"{option}={value!r} must be {allowed}.")
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's blocks."""
@@ -164,7 +182,14 @@ class RaLoraLinear(DeltaLayer):
             )
         n = config.blocks_of(module, self.in_features, self.out_features)
         self.r[adapter], self.blocks[adapter] = r, n
-        self.scaling[adapter] = config.alpha / config.r
+        self.scaling[adapter] = update_scaling(
+            config.alpha,
+            rank=r,
+            r_ref=config.r,
+            blocks=n,
+            by=config.rank_scaling,
+            scaling=config.scaling,
+        )
         self.ralora_dropout[adapter] = (
             nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         )
