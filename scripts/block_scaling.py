@@ -1,0 +1,237 @@
+r"""Which scale block-diagonal updates should have: a sweep that can be stopped and resumed.
+
+    python scripts/block_scaling.py MODEL OUT.jsonl \
+        --task gsm8k=train.jsonl:question:answer --task arc=train.json:instruction:output \
+        [--steps 100] [--seeds 0 1 2] [--lrs 5e-4 1e-3 2e-3 4e-3] [--blocks 1 2 8 32 gid]
+
+A cell is scaling x init_fan_in x learning rate x n x seed x task: uniform n, or each layer's own
+by GID (`rankwise.RaLora`). One JSON line is added for every finished run, with the held-out loss;
+cells that OUT.jsonl already holds are not run again, so the same command continues where it was
+stopped, and a second one with more seeds or steps adds to the file. Held-out sequences are the last
+5 % of the training file: test sets stay out of it. `--summary` prints the table instead.
+
+n = 1 has one scaling and one init, which is plain LoRA; it runs once per learning rate and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+import rankwise as rw
+from rankwise.allocation import dividing_blocks
+from rankwise.provenance import git_commit, versions
+from rankwise.training.config import DataConfig
+from rankwise.training.data import TokenData, load_token_data
+from rankwise.training.evaluate import held_out_loss
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the sweep; two runs with equal cells are the same run."""
+
+    task: str
+    blocks: str
+    scaling: str
+    init_fan_in: str
+    lr: float
+    seed: int
+    steps: int
+    batch_size: int
+    max_length: int
+    r: int
+    alpha: float
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """Every run asked for, seeds outermost, so that an early stop leaves whole tables."""
+    tasks = [task.split("=", 1)[0] for task in options.task]
+    for seed, task, lr, blocks in itertools.product(
+        options.seeds, tasks, options.lrs, options.blocks
+    ):
+        both = [("paper", "full")] if blocks == "1" else itertools.product(
+            options.scalings, options.inits
+        )  # fmt: skip
+        for scaling, init in both:
+            yield Cell(
+                task, blocks, scaling, init, lr, seed, options.steps, options.batch_size,
+                options.max_length, options.r, options.alpha,
+            )  # fmt: skip
+
+
+def finished(path: Path) -> dict[Cell, dict[str, Any]]:
+    """Results by cell; a last line that a kill cut short is dropped."""
+    done: dict[Cell, dict[str, Any]] = {}
+    if not path.exists():
+        return done
+    text = path.read_text()
+    if not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text)
+    for line in text.splitlines():
+        row = json.loads(line)
+        done[Cell(**row.pop("cell"))] = row
+    return done
+
+
+class Task:
+    """A task's data, and the profile that its block counts by GID come from, made once."""
+
+    def __init__(self, text: str, model: str, options: argparse.Namespace) -> None:
+        self.name, source = text.split("=", 1)
+        train, prompt, completion = source.rsplit(":", 2)
+        config = DataConfig(
+            train=train,
+            prompt_column=prompt,
+            completion_column=completion,
+            max_length=options.max_length,
+            max_held_out=options.held_out,
+        )
+        self.data: TokenData = load_token_data(config, AutoTokenizer.from_pretrained(model), seed=0)
+        self.folder = Path(f"{options.out}.{self.name}.profile")
+        self.options = options
+
+    def profile(self, base: nn.Module) -> rw.GradientProfile:
+        """The saved profile, or a new one."""
+        if not self.folder.exists():
+            loader = self.data.loader(self.options.batch_size, seed=0)
+            rw.profile_gradients(base, loader, batches=self.options.profile_batches).save(
+                self.folder
+            )
+        return rw.GradientProfile.load(self.folder)
+
+
+def plan_of(cell: Cell, base: nn.Module, task: Task) -> rw.RankPlan:
+    """The plan of a cell; every plan has LoRA's parameters."""
+    if cell.blocks == "gid":
+        return rw.RaLora(r=cell.r, alpha=cell.alpha).plan(task.profile(base))
+    shapes = rw.find_targets(base)
+    modules = {
+        name: rw.ModulePlan(
+            shape.d_in,
+            shape.d_out,
+            cell.r,
+            dividing_blocks(int(cell.blocks), shape.d_in, shape.d_out),
+        )
+        for name, shape in shapes.items()
+    }
+    return rw.RankPlan(
+        method=f"n = {cell.blocks}", adapter="ralora", r_ref=cell.r, alpha=cell.alpha,
+        budget=None, modules=modules,
+    )  # fmt: skip
+
+
+def run(cell: Cell, model: str, task: Task) -> dict[str, Any]:
+    """Train one cell; returns what is written down."""
+    started = time.perf_counter()
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plan = plan_of(cell, base, task)
+    torch.manual_seed(cell.seed)
+    adapted = rw.attach(base, plan, scaling=cell.scaling, init_fan_in=cell.init_fan_in)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cell.lr, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * cell.steps), cell.steps)
+    held_out = task.data.held_out_loader(cell.batch_size)
+    losses = []
+    for step, batch in enumerate(itertools.islice(batches(task, cell), cell.steps)):
+        loss = adapted.train()(**batch, use_cache=False).loss
+        if not math.isfinite(float(loss.detach())):
+            return {"diverged": step, "held_out": None, "seconds": time.perf_counter() - started}
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {
+        "held_out": held_out_loss(adapted, held_out, step=cell.steps).loss,
+        "train": statistics.mean(losses[-10:]),
+        "parameters": sum(p.numel() for p in parameters),
+        "mean_blocks": statistics.mean(m.blocks for m in plan.modules.values()),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def batches(task: Task, cell: Cell) -> Iterator[dict[str, Any]]:
+    """The data over and over, in an order of the seed's."""
+    for epoch in itertools.count():
+        yield from task.data.loader(cell.batch_size, seed=1000 * cell.seed + epoch)
+
+
+def summary(done: dict[Cell, dict[str, Any]]) -> str:
+    """Mean held-out loss over seeds, as Markdown: a row per setting, a column per learning rate."""
+    groups: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell, row in done.items():
+        key = (cell.task, cell.steps, cell.blocks, cell.scaling, cell.init_fan_in)
+        groups[key][cell.lr].append(math.inf if row["held_out"] is None else row["held_out"])
+    rates = sorted({cell.lr for cell in done})
+    lines = ["| task | steps | n | scaling | init | " + " | ".join(map(str, rates)) + " | best |"]
+    lines.append("|" + "---|" * (6 + len(rates)))
+    for key, by_rate in sorted(groups.items()):
+        means = {rate: statistics.mean(values) for rate, values in by_rate.items()}
+        shown = [
+            f"{means[rate]:.4f} ({len(by_rate[rate])})" if rate in means else "" for rate in rates
+        ]
+        best = f"{min(means.values()):.4f}"
+        lines.append("| " + " | ".join([*map(str, key), *shown, best]) + " |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--task", action="append", default=[], help="NAME=FILE:PROMPT:COMPLETION")
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--blocks", nargs="+", default=["1", "2", "8", "32", "gid"])
+    parser.add_argument("--scalings", nargs="+", default=["paper", "function"])
+    parser.add_argument("--inits", nargs="+", default=["full", "block"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--held-out", type=int, default=128, help="held-out sequences")
+    parser.add_argument("--profile-batches", type=int, default=8)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing."""
+    options = arguments()
+    done = finished(options.out)
+    if options.summary:
+        print(summary(done))
+        return
+    tasks = {task.name: task for task in (Task(t, options.model, options) for t in options.task)}
+    wanted = [cell for cell in cells(options) if cell not in done]
+    facts = {"commit": git_commit(), "versions": versions()}
+    print(f"{len(wanted)} runs to do, {len(done)} in {options.out}", flush=True)
+    for i, cell in enumerate(wanted, 1):
+        result = run(cell, options.model, tasks[cell.task])
+        with options.out.open("a") as file:
+            file.write(json.dumps({"cell": asdict(cell)} | result | facts) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(f"{i}/{len(wanted)} {cell}: {result['held_out']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
