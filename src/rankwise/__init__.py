@@ -4,7 +4,16 @@ Importing this package registers its adapter types with PEFT, and how profiles a
 notebooks.
 """
 
-from rankwise.adapters import RaLoraConfig, attach, fuse_lora_, unfuse_lora_
+from rankwise.adapters import (
+    RaLoraConfig,
+    attach,
+    export_lora,
+    export_merged,
+    fuse_lora_,
+    load_adapter,
+    save_native,
+    unfuse_lora_,
+)
 from rankwise.curve import BudgetCurve, budget_curve
 from rankwise.errors import RankwiseError
 from rankwise.methods import Compose, Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
@@ -47,11 +56,15 @@ __all__ = [
     "effective_rank",
     "energy_crossing",
     "energy_rank",
+    "export_lora",
+    "export_merged",
     "find_targets",
     "fuse_lora_",
     "gram_eigenvalues",
+    "load_adapter",
     "participation_ratio",
     "profile_gradients",
+    "save_native",
     "singular_values",
     "stable_rank",
     "threshold_rank",

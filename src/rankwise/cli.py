@@ -233,6 +233,44 @@ def train(
 
 
 @app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    base: Annotated[str, typer.Argument(help="Its base model: a local folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export.")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="padded: plain LoRA of one rank, right in every program; compact: each module its "
+            "own rank; vllm: padded to a rank that vLLM allows; merged: the whole model."
+        ),
+    ] = "padded",
+    native: Annotated[
+        bool, typer.Option(help="Also write the trainable original to native/.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Accept a base that the adapter was not trained on.")
+    ] = False,
+) -> None:
+    """Write an adapter as plain LoRA, or merged, for programs that know nothing of rankwise.
+
+    The result is loaded and compared with the original before anything is written.
+    """
+    from rankwise.training.export import export_folder
+
+    exported = export_folder(
+        adapter,
+        base,
+        out,
+        mode=mode,
+        native=native,
+        dtype=dtype,
+        allow_other_base=allow_other_base,
+    )
+    _out.print(str(exported))
+
+
+@app.command()
 def inspect(
     path: Annotated[
         Path, typer.Argument(help="A plan, profile, run or adapter: a file or a folder.")

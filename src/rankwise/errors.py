@@ -26,6 +26,10 @@ class PlanError(RankwiseError, ValueError):
     """A rank plan cannot be made from these numbers, or does not fit the model."""
 
 
+class ExportError(RankwiseError, ValueError):
+    """An adapter cannot be written in the form asked for, or would compute something else there."""
+
+
 class FileError(RankwiseError, ValueError):
     """A saved file is missing, malformed, or does not hold what it should."""
 

@@ -2,17 +2,24 @@
 
 from rankwise.adapters.attach import adapter_config, attach
 from rankwise.adapters.block_diagonal import RaLoraConfig, RaLoraLinear, RaLoraModel
+from rankwise.adapters.export import Exported, export_lora, export_merged, save_native
 from rankwise.adapters.fuse_lora import fuse_lora_, unfuse_lora_
+from rankwise.adapters.loading import load_adapter
 from rankwise.adapters.registration import register
 
 register("ralora", RaLoraConfig, RaLoraModel)
 
 __all__ = [
+    "Exported",
     "RaLoraConfig",
     "RaLoraLinear",
     "RaLoraModel",
     "adapter_config",
     "attach",
+    "export_lora",
+    "export_merged",
     "fuse_lora_",
+    "load_adapter",
+    "save_native",
     "unfuse_lora_",
 ]

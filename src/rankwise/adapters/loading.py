@@ -1,0 +1,406 @@
+"""Loading adapters from strangers: everything is checked before anything is allocated.
+
+Nothing in the folder is executed, imported, followed or matched as a regular expression. Names and
+shapes come from the header of the safetensors file; which modules are adapted follows from the
+tensors' names, not from the configuration's patterns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from pydantic import ConfigDict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rankwise.adapters.block_diagonal import RaLoraConfig
+from rankwise.errors import FileError, nearest
+from rankwise.files import parse_json, read_tensors, read_text
+from rankwise.provenance import model_fingerprint
+from rankwise.targets import LinearShape, exact_target_modules, linear_shape
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
+PREFIX = "base_model.model."
+_WHAT = "adapter configuration"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass
+class _Common:
+    """Fields of PEFT's that both kinds have, with the only values that are taken."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    r: int
+    target_modules: list[str] | str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    peft_version: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, str | None] | None = None
+    inference_mode: bool = False
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    bias: Literal["none"] = "none"
+
+
+@dataclass
+class _RaLoraFile(_Common):
+    peft_type: Literal["RALORA"] = "RALORA"
+    alpha: float = 16.0
+    rank_scaling: str = "r_ref"
+    scaling: str = "paper"
+    blocks: int = 1
+    blocks_pattern: dict[str, int] = field(default_factory=dict)
+    dropout: float = 0.0
+    init_fan_in: str = "full"
+    init_weights: bool = True
+    base_fingerprint: str | None = None
+
+
+@dataclass
+class _LoraFile(_Common):
+    peft_type: Literal["LORA"] = "LORA"
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What the header of the weights says: name -> shape."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def fail(self, problem: str) -> FileError:
+        return FileError(f"adapter weights {self.path}: {problem}")
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    allow_other_base: bool = False,
+) -> PeftModel:
+    """Attach a saved block-diagonal or plain LoRA adapter that may come from a stranger.
+
+    Use this rather than `PeftModel.from_pretrained` for files that you did not write: names,
+    shapes, dtypes and numbers are checked against the model before anything is allocated. Adapters
+    with trained biases are not read.
+
+    Args:
+        model: The base model, without adapters; it is modified in place.
+        folder: A local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: Name of the adapter.
+        trainable: Whether to go on training.
+        allow_other_base: Accept a model that is not the one the adapter was trained on.
+
+    Raises:
+        FileError: Something is missing, malformed, unknown, or does not fit the model; the model is
+            as it was.
+    """
+    folder = Path(folder)
+    if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
+        raise FileError(f"adapter {folder}: the model has adapters already; load the base again.")
+    path = _file(folder, CONFIG_FILE)
+    saved = _read_config(path)
+    weights = _read_header(_file(folder, WEIGHTS_FILE))
+    _check_base(model, saved, path, allow_other_base)
+    shapes = {n: s for n, m in model.named_modules() if (s := linear_shape(m)) is not None}
+    kind = "ralora" if isinstance(saved, _RaLoraFile) else "lora"
+    names = _adapted_modules(weights, shapes, kind)
+    _check_targets(saved, names, path)
+    config = _config(saved, names, path, trainable)
+    expected = _expected_shapes(config, {name: shapes[name] for name in names})
+    _check_shapes(weights, expected | _whole_modules(model, saved, path))
+    tensors = _read_tensors(weights)
+    config.target_modules = exact_target_modules(names, [n for n, _ in model.named_modules()])
+    with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it is overwritten
+        adapted = get_peft_model(model, config, adapter_name=adapter_name)
+    left: Any = set_peft_model_state_dict(adapted, tensors, adapter_name=adapter_name)
+    assert not left.unexpected_keys, left.unexpected_keys  # the shapes were checked
+    return adapted if trainable else adapted.eval()
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file directly in the folder, and neither a link out of it nor a pickle."""
+    if "\0" in str(folder):
+        raise FileError(f"adapter folder {str(folder)!r}: a name cannot contain NUL.")
+    path = folder / name
+    if path.is_symlink():
+        raise FileError(f"{path}: is a symbolic link; copy the file it points to.")
+    if not path.is_file():
+        pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        hint = f" {pickles[0]} is a pickle, which is never opened." if pickles else ""
+        raise FileError(
+            f"{path}: no such file; name a folder with {CONFIG_FILE} and {WEIGHTS_FILE}.{hint}"
+        )
+    return path
+
+
+def _read_config(path: Path) -> _RaLoraFile | _LoraFile:
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise FileError(f"{_WHAT} {path}: {size} bytes; at most {MAX_CONFIG_BYTES} are read.")
+    text = read_text(path, _WHAT)
+    document = parse_json(text, dict[str, Any], path=path, what=_WHAT)
+    kind = document.get("peft_type")
+    if kind == "RALORA":
+        return parse_json(text, _RaLoraFile, path=path, what=_WHAT)
+    if kind == "LORA":
+        known = {f.name for f in fields(_LoraFile)}
+        unset = _defaults_of_lora()
+        kept = {k: v for k, v in document.items() if k in known or k not in unset or v != unset[k]}
+        for name in kept:
+            if name not in known:
+                raise FileError(
+                    f"{_WHAT} {path}: {name} is not read by rankwise; {nearest(name, known)} "
+                    "Load an adapter that you trust with peft.PeftModel.from_pretrained."
+                )
+        return parse_json(json.dumps(kept), _LoraFile, path=path, what=_WHAT)
+    raise FileError(f"{_WHAT} {path}: peft_type={kind!r} must be 'RALORA' or 'LORA'.")
+
+
+def _defaults_of_lora() -> dict[str, Any]:
+    """What PEFT writes for the options of LoRA that were not used."""
+    default: dict[str, Any] = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
+    return default
+
+
+def _read_header(path: Path) -> _Weights:
+    """Names, shapes and dtypes; safetensors bounds the header and refuses overlaps and gaps."""
+    shapes = {}
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise FileError(
+                        f"adapter weights {path}: {name!r} is {part.get_dtype()}; adapters are "
+                        f"{', '.join(_DTYPES)}."
+                    )
+                shapes[name] = tuple(part.get_shape())
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(
+            f"adapter weights {path}: not a whole safetensors file ({error})."
+        ) from error
+    return _Weights(path, shapes)
+
+
+def _check_base(
+    model: nn.Module, saved: _RaLoraFile | _LoraFile, path: Path, allow_other_base: bool
+) -> None:
+    mapping = saved.auto_mapping or {}
+    here = {
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+        "unsloth_fixed": None,
+    }
+    for key, value in mapping.items():
+        if value is not None and value != here.get(key):
+            raise FileError(
+                f"{_WHAT} {path}: auto_mapping asks to import {key}={value!r}, which rankwise "
+                f"never does; the model is a {type(model).__name__}. Set auto_mapping to null."
+            )
+    trained_on = getattr(saved, "base_fingerprint", None)
+    if trained_on is None or allow_other_base:
+        return
+    found = model_fingerprint(model)
+    if found != trained_on:
+        raise FileError(
+            f"{_WHAT} {path}: the adapter was trained on a model with fingerprint {trained_on}, "
+            f"this one has {found}. Load the right base, or pass allow_other_base=True "
+            "(--allow-other-base) to use it anyway."
+        )
+
+
+def _adapted_modules(weights: _Weights, shapes: Mapping[str, LinearShape], kind: str) -> list[str]:
+    """Modules that the file has both factors for, in the model's order."""
+    halves: dict[str, set[str]] = {}
+    for name in weights.shapes:
+        for half in "AB":
+            ending = f".{kind}_{half}.weight"
+            if name.startswith(PREFIX) and name.endswith(ending):
+                halves.setdefault(name.removeprefix(PREFIX).removesuffix(ending), set()).add(half)
+    for module, found in halves.items():
+        if module not in shapes:
+            raise weights.fail(
+                f"has factors for {module!r}, which is no linear layer of the model; "
+                f"{nearest(module, shapes)}"
+            )
+        if found != {"A", "B"}:
+            (missing,) = {"A", "B"} - found
+            raise weights.fail(f"lacks {PREFIX}{module}.{kind}_{missing}.weight.")
+    if not halves:
+        raise weights.fail(f"holds no tensor named {PREFIX}MODULE.{kind}_A.weight.")
+    return [name for name in shapes if name in halves]
+
+
+def _check_targets(saved: _Common, names: list[str], path: Path) -> None:
+    """A target that is a name must have its tensors; a regular expression is not run."""
+    targets = saved.target_modules
+    for target in targets if isinstance(targets, list) else []:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            raise FileError(
+                f"{_WHAT} {path}: target_modules has {target!r}, for which there are no weights."
+            )
+
+
+def _config(
+    saved: _RaLoraFile | _LoraFile,
+    names: list[str],
+    path: Path,
+    trainable: bool,
+) -> RaLoraConfig | LoraConfig:
+    """PEFT's configuration, every module by its literal name; the base is the one at hand."""
+    common: dict[str, Any] = {
+        "task_type": saved.task_type,
+        "modules_to_save": saved.modules_to_save,
+        "target_modules": names,
+        "inference_mode": not trainable,
+        "r": saved.r,
+    }
+    try:
+        if isinstance(saved, _RaLoraFile):
+            return RaLoraConfig(
+                **common,
+                rank_pattern=saved.rank_pattern,
+                **{f.name: getattr(saved, f.name) for f in _own_fields(_RaLoraFile)},
+            )
+        return _lora_config(saved, common, names, path)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{_WHAT} {path}: {error}") from error
+
+
+def _own_fields(kind: type[_Common]) -> list[Any]:
+    common = {f.name for f in fields(_Common)}
+    return [f for f in fields(kind) if f.name not in common and f.name != "peft_type"]
+
+
+def _lora_config(
+    saved: _LoraFile, common: dict[str, Any], names: list[str], path: Path
+) -> LoraConfig:
+    """The ranks and alphas that the file's patterns give each module, read literally."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key, value in getattr(saved, option).items():
+            _check_positive(f"{option}[{key!r}]", value)
+    _check_positive("r", saved.r)
+    _check_positive("lora_alpha", saved.lora_alpha)
+    if not 0 <= saved.lora_dropout < 1:
+        raise ValueError(f"lora_dropout={saved.lora_dropout!r} must be in [0, 1).")
+    return LoraConfig(
+        **common,
+        lora_alpha=saved.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats too
+        lora_dropout=saved.lora_dropout,
+        use_rslora=saved.use_rslora,
+        fan_in_fan_out=saved.fan_in_fan_out,
+        rank_pattern=_by_module(saved.rank_pattern, names, saved.r, path),
+        alpha_pattern=_by_module(saved.alpha_pattern, names, saved.lora_alpha, path),
+    )
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (0 < value < 1e9):
+        raise ValueError(f"{name}={value!r} must be a positive number below 1e9.")
+
+
+def _by_module(
+    pattern: Mapping[str, Any], names: list[str], default: Any, path: Path
+) -> dict[str, Any]:
+    """A pattern with one anchored, escaped key per module; PEFT's first match wins."""
+    literal: dict[str, tuple[bool, Any]] = {}
+    for key, value in pattern.items():
+        plain = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
+        if not re.fullmatch(r"[\w.\-]+", plain):
+            raise FileError(
+                f"{_WHAT} {path}: the pattern {key!r} is no module name; regular expressions from "
+                "elsewhere are not run. Write one key per module."
+            )
+        literal.setdefault(plain, (key.startswith("^"), value))
+    found = {}
+    for name in names:
+        matches = (
+            value
+            for key, (whole, value) in literal.items()
+            if name == key or (not whole and name.endswith("." + key))
+        )
+        found["^" + re.escape(name)] = next(matches, default)
+    return found
+
+
+def _expected_shapes(
+    config: RaLoraConfig | LoraConfig, shapes: Mapping[str, LinearShape]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the factors, by the configuration and the model."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        d_in, d_out = shape.d_in, shape.d_out
+        if isinstance(config, RaLoraConfig):
+            n, r = config.blocks_of(name, d_in, d_out), config.rank_of(name)
+            if r > shape.max_rank:
+                raise FileError(f"rank {r} of {name} exceeds its largest, {shape.max_rank}.")
+            expected[f"{PREFIX}{name}.ralora_A.weight"] = (n, r, d_in // n)
+            expected[f"{PREFIX}{name}.ralora_B.weight"] = (n, d_out // n, r)
+        else:
+            r = config.rank_pattern["^" + re.escape(name)]  # type: ignore[index]
+            expected[f"{PREFIX}{name}.lora_A.weight"] = (r, d_in)
+            expected[f"{PREFIX}{name}.lora_B.weight"] = (d_out, r)
+    return expected
+
+
+def _whole_modules(model: nn.Module, saved: _Common, path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `modules_to_save`, by the model; PEFT takes every name that ends so."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for ending in saved.modules_to_save or ():
+        found = [n for n, _ in model.named_modules() if ending and n.endswith(ending)]
+        if not found:
+            raise FileError(f"{_WHAT} {path}: modules_to_save has {ending!r}; no module ends so.")
+        for name in found:
+            for key, tensor in model.get_submodule(name).state_dict().items():
+                expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
+    return expected
+
+
+def _check_shapes(weights: _Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if name not in weights.shapes:
+            raise weights.fail(f"lacks {name} of shape {shape}.")
+        if weights.shapes[name] != shape:
+            raise weights.fail(
+                f"{name} is {weights.shapes[name]}; by the configuration and the model it should "
+                f"be {shape}."
+            )
+    for name in weights.shapes:
+        if name not in expected:
+            raise weights.fail(f"has {name!r}, which is unexpected; {nearest(name, expected)}")
+
+
+def _read_tensors(weights: _Weights) -> dict[str, Tensor]:
+    tensors = read_tensors(weights.path, "adapter weights")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise weights.fail(f"{name} has NaN or infinite values; the training diverged.")
+    return tensors

@@ -1,0 +1,53 @@
+"""From a saved adapter and its base to an exported folder: the `export` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rankwise.adapters import Exported, export_lora, export_merged, load_adapter
+from rankwise.adapters.export import CONFIG_FILE, MODES
+from rankwise.errors import ConfigError
+from rankwise.files import check_replaceable
+from rankwise.training.train import load_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export_folder(
+    adapter: Path,
+    base: str,
+    out: Path,
+    *,
+    mode: str = "padded",
+    native: bool = False,
+    dtype: str = "float32",
+    allow_other_base: bool = False,
+) -> Exported:
+    """Load an adapter strictly, and write it in another form.
+
+    Args:
+        adapter: Folder of a saved block-diagonal or plain LoRA adapter.
+        base: Folder or hub id of its base model; that in the adapter's files is not followed.
+        out: Folder to write.
+        mode: `"padded"`, `"compact"`, `"vllm"` or `"merged"`.
+        native: Also write the trainable original to `native/`.
+        dtype: In which the base is loaded.
+        allow_other_base: Accept a base that the adapter was not trained on.
+
+    Raises:
+        RankwiseError: Bad input, or outputs that differ; nothing is written.
+    """
+    if mode not in (*MODES, "merged"):
+        raise ConfigError(f"mode={mode!r} must be one of {', '.join(MODES)}, merged.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+    if mode == "merged" and native:
+        raise ConfigError("mode='merged' has no native form beside it; leave --native out.")
+    check_replaceable(out, marker="config.json" if mode == "merged" else CONFIG_FILE)
+    network, tokenizer = load_model(base, dtype)
+    model = load_adapter(network, adapter, allow_other_base=allow_other_base)
+    if mode == "merged":
+        return export_merged(model, out, tokenizer=tokenizer)
+    chosen: Any = mode
+    return export_lora(model, out, mode=chosen, native=native)

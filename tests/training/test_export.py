@@ -1,0 +1,103 @@
+"""`rankwise export`: from an adapter's folder and its base to a folder that loads anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from contracts import train_by_chance_
+from rankwise import ModulePlan, RankPlan, attach, find_targets, save_native
+from rankwise.cli import main
+from tiny_folder import save_tiny_llama
+
+TOKENS = torch.arange(5, 21).reshape(2, 8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    save_tiny_llama(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    modules = {
+        name: ModulePlan(shape.d_in, shape.d_out, 2, 4)
+        for name, shape in find_targets(base).items()
+    }
+    model = attach(base, RankPlan("by hand", "ralora", 2, 4.0, None, modules))
+    train_by_chance_(model)
+    save_native(model, folder / "adapter")
+    return folder
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    return logits(PeftModel.from_pretrained(base, place / "adapter"))
+
+
+@pytest.mark.parametrize("mode", ["padded", "compact", "vllm", "merged"])
+def test_every_mode(
+    mode: str,
+    place: Path,
+    expected: torch.Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    main_returns("export", place / "adapter", place / "base", "--out", out, "--mode", mode)
+    assert f"{mode} export: {out}" in capsys.readouterr().out
+    if mode == "merged":
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert (out / "tokenizer.json").is_file()
+    else:
+        base = AutoModelForCausalLM.from_pretrained(place / "base")
+        model = PeftModel.from_pretrained(base, out)
+        assert (out / "README.md").is_file()
+    assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def main_returns(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code in (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "gguf"], "error: mode='gguf' must be one of padded, compact, vllm, merged."),
+        (["--dtype", "int8"], "error: dtype='int8' must be one of"),
+        (["--mode", "merged", "--native"], "error: mode='merged' has no native form"),
+    ],
+)
+def test_wrong_options(
+    arguments: list[str],
+    message: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["export", place / "adapter", place / "base", "--out", tmp_path / "out", *arguments]
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in given])
+    assert stop.value.code == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_llama(tmp_path / "other", seed=1)
+    given = ["export", place / "adapter", tmp_path / "other", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in given])
+    assert stop.value.code == 1
+    assert "allow_other_base=True (--allow-other-base)" in capsys.readouterr().err
+    main_returns(*given, "--allow-other-base")
