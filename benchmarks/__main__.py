@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-from benchmarks import gradients, planning, smollm2, spectra
+from benchmarks import adapters, gradients, planning, smollm2, spectra
 from benchmarks.timing import write
 
-MODULES = (spectra, planning, gradients, smollm2)
+MODULES = (spectra, planning, gradients, adapters, smollm2)
 
 
 def main() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 from torch import nn
 
 import rankwise as rw
+from benchmarks import adapters
 from benchmarks.text import LENGTH, Batch, frozen_model, text_batches
 from benchmarks.timing import Row, at_most, interleaved
 from rankwise.profiling import GradientProfile
@@ -15,12 +13,12 @@ from rankwise.profiling.capture import capture_gradients
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """The profile against frozen passes, and RaLoRA's training step against PEFT's LoRA step."""
+    """The profile against frozen passes, and training steps with adapters."""
     base = frozen_model()
     count, size, runs = (2, 4, 3) if quick else (8, 8, 7)
     batches = text_batches(count, size)
     profile, rows = _profile(base, batches, 1 if quick else 2)
-    return rows + _steps(base, profile, batches[0], runs)
+    return rows + adapters.measure_steps(base, profile, batches[0], runs=runs)
 
 
 def _profile(base: nn.Module, batches: list[Batch], runs: int) -> tuple[GradientProfile, list[Row]]:
@@ -48,27 +46,3 @@ def _profile(base: nn.Module, batches: list[Batch], runs: int) -> tuple[Gradient
         ),
         Row(f"SmolLM2 frozen passes, {shape}", frozen, "s"),
     ]
-
-
-def _steps(base: nn.Module, profile: GradientProfile, batch: Batch, runs: int) -> list[Row]:
-    """Forward and backward with adapters; the optimizer is the same for all and left out."""
-
-    def step_of(method: rw.Lora | rw.RaLora) -> Callable[[], None]:
-        model = rw.attach(copy.deepcopy(base), method.plan(profile))
-        model.train()
-
-        def step() -> None:
-            model(**batch, use_cache=False).loss.backward()
-            model.zero_grad()
-
-        return step
-
-    methods = {"LoRA": rw.Lora(), "RaLoRA": rw.RaLora(), "RaLoRA-Pro": rw.RaLoraPro()}
-    seconds = interleaved(runs, **{name: step_of(method) for name, method in methods.items()})
-    tokens = f"{batch['input_ids'].numel()} tokens"
-    lora = seconds.pop("LoRA")
-    rows = [
-        at_most(f"SmolLM2 {name} step, {tokens}", value / lora, 1.0, "of PEFT's LoRA step")
-        for name, value in seconds.items()
-    ]
-    return [*rows, Row(f"SmolLM2 step with PEFT's LoRA, {tokens}", lora, "s")]

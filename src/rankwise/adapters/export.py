@@ -362,7 +362,7 @@ def _check_lora(twin: PeftModel, draft: Path, example: Mapping[str, Any] | None)
     inputs = example_inputs(twin.get_base_model()) if example is None else example
     live = _outputs(twin, inputs)
     with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it loads one
-        loaded = PeftModel.from_pretrained(twin.unload(), str(draft))  # type: ignore[operator]
+        loaded = PeftModel.from_pretrained(twin.unload(), str(draft))
     return _compared(live, _outputs(loaded, inputs), "the exported adapter")
 
 
