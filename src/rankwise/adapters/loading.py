@@ -7,79 +7,35 @@ tensors' names, not from the configuration's patterns.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from pydantic import ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.block_diagonal import RaLoraConfig
+from rankwise.adapters.saved_config import (
+    WHAT,
+    SavedConfig,
+    SavedLora,
+    SavedRaLora,
+    peft_config,
+    read_config,
+)
 from rankwise.errors import FileError, nearest
-from rankwise.files import parse_json, read_tensors, read_text
+from rankwise.files import read_tensors
 from rankwise.provenance import model_fingerprint
 from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
 PREFIX = "base_model.model."
-_WHAT = "adapter configuration"
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass
-class _Common:
-    """Fields of PEFT's that both kinds have, with the only values that are taken."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    r: int
-    target_modules: list[str] | str
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    peft_version: str | None = None
-    revision: str | None = None
-    auto_mapping: dict[str, str | None] | None = None
-    inference_mode: bool = False
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: Literal["none"] = "none"
-
-
-@dataclass
-class _RaLoraFile(_Common):
-    peft_type: Literal["RALORA"] = "RALORA"
-    alpha: float = 16.0
-    rank_scaling: str = "r_ref"
-    scaling: str = "paper"
-    blocks: int = 1
-    blocks_pattern: dict[str, int] = field(default_factory=dict)
-    dropout: float = 0.0
-    init_fan_in: str = "full"
-    init_weights: bool = True
-    base_fingerprint: str | None = None
-
-
-@dataclass
-class _LoraFile(_Common):
-    peft_type: Literal["LORA"] = "LORA"
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
 
 
 @dataclass(frozen=True)
@@ -122,14 +78,14 @@ def load_adapter(
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
         raise FileError(f"adapter {folder}: the model has adapters already; load the base again.")
     path = _file(folder, CONFIG_FILE)
-    saved = _read_config(path)
+    saved = read_config(path)
     weights = _read_header(_file(folder, WEIGHTS_FILE))
     _check_base(model, saved, path, allow_other_base)
     shapes = {n: s for n, m in model.named_modules() if (s := linear_shape(m)) is not None}
-    kind = "ralora" if isinstance(saved, _RaLoraFile) else "lora"
+    kind = "ralora" if isinstance(saved, SavedRaLora) else "lora"
     names = _adapted_modules(weights, shapes, kind)
     _check_targets(saved, names, path)
-    config = _config(saved, names, path, trainable)
+    config = peft_config(saved, names, path, trainable)
     expected = _expected_shapes(config, {name: shapes[name] for name in names})
     _check_shapes(weights, expected | _whole_modules(model, saved, path))
     tensors = _read_tensors(weights)
@@ -157,35 +113,6 @@ def _file(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_config(path: Path) -> _RaLoraFile | _LoraFile:
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise FileError(f"{_WHAT} {path}: {size} bytes; at most {MAX_CONFIG_BYTES} are read.")
-    text = read_text(path, _WHAT)
-    document = parse_json(text, dict[str, Any], path=path, what=_WHAT)
-    kind = document.get("peft_type")
-    if kind == "RALORA":
-        return parse_json(text, _RaLoraFile, path=path, what=_WHAT)
-    if kind == "LORA":
-        known = {f.name for f in fields(_LoraFile)}
-        unset = _defaults_of_lora()
-        kept = {k: v for k, v in document.items() if k in known or k not in unset or v != unset[k]}
-        for name in kept:
-            if name not in known:
-                raise FileError(
-                    f"{_WHAT} {path}: {name} is not read by rankwise; {nearest(name, known)} "
-                    "Load an adapter that you trust with peft.PeftModel.from_pretrained."
-                )
-        return parse_json(json.dumps(kept), _LoraFile, path=path, what=_WHAT)
-    raise FileError(f"{_WHAT} {path}: peft_type={kind!r} must be 'RALORA' or 'LORA'.")
-
-
-def _defaults_of_lora() -> dict[str, Any]:
-    """What PEFT writes for the options of LoRA that were not used."""
-    default: dict[str, Any] = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    return default
-
-
 def _read_header(path: Path) -> _Weights:
     """Names, shapes and dtypes; safetensors bounds the header and refuses overlaps and gaps."""
     shapes = {}
@@ -209,7 +136,7 @@ def _read_header(path: Path) -> _Weights:
 
 
 def _check_base(
-    model: nn.Module, saved: _RaLoraFile | _LoraFile, path: Path, allow_other_base: bool
+    model: nn.Module, saved: SavedRaLora | SavedLora, path: Path, allow_other_base: bool
 ) -> None:
     mapping = saved.auto_mapping or {}
     here = {
@@ -220,7 +147,7 @@ def _check_base(
     for key, value in mapping.items():
         if value is not None and value != here.get(key):
             raise FileError(
-                f"{_WHAT} {path}: auto_mapping asks to import {key}={value!r}, which rankwise "
+                f"{WHAT} {path}: auto_mapping asks to import {key}={value!r}, which rankwise "
                 f"never does; the model is a {type(model).__name__}. Set auto_mapping to null."
             )
     trained_on = getattr(saved, "base_fingerprint", None)
@@ -229,7 +156,7 @@ def _check_base(
     found = model_fingerprint(model)
     if found != trained_on:
         raise FileError(
-            f"{_WHAT} {path}: the adapter was trained on a model with fingerprint {trained_on}, "
+            f"{WHAT} {path}: the adapter was trained on a model with fingerprint {trained_on}, "
             f"this one has {found}. Load the right base, or pass allow_other_base=True "
             "(--allow-other-base) to use it anyway."
         )
@@ -257,98 +184,14 @@ def _adapted_modules(weights: _Weights, shapes: Mapping[str, LinearShape], kind:
     return [name for name in shapes if name in halves]
 
 
-def _check_targets(saved: _Common, names: list[str], path: Path) -> None:
+def _check_targets(saved: SavedConfig, names: list[str], path: Path) -> None:
     """A target that is a name must have its tensors; a regular expression is not run."""
     targets = saved.target_modules
     for target in targets if isinstance(targets, list) else []:
         if not any(name == target or name.endswith("." + target) for name in names):
             raise FileError(
-                f"{_WHAT} {path}: target_modules has {target!r}, for which there are no weights."
+                f"{WHAT} {path}: target_modules has {target!r}, for which there are no weights."
             )
-
-
-def _config(
-    saved: _RaLoraFile | _LoraFile,
-    names: list[str],
-    path: Path,
-    trainable: bool,
-) -> RaLoraConfig | LoraConfig:
-    """PEFT's configuration, every module by its literal name; the base is the one at hand."""
-    common: dict[str, Any] = {
-        "task_type": saved.task_type,
-        "modules_to_save": saved.modules_to_save,
-        "target_modules": names,
-        "inference_mode": not trainable,
-        "r": saved.r,
-    }
-    try:
-        if isinstance(saved, _RaLoraFile):
-            return RaLoraConfig(
-                **common,
-                rank_pattern=saved.rank_pattern,
-                **{f.name: getattr(saved, f.name) for f in _own_fields(_RaLoraFile)},
-            )
-        return _lora_config(saved, common, names, path)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{_WHAT} {path}: {error}") from error
-
-
-def _own_fields(kind: type[_Common]) -> list[Any]:
-    common = {f.name for f in fields(_Common)}
-    return [f for f in fields(kind) if f.name not in common and f.name != "peft_type"]
-
-
-def _lora_config(
-    saved: _LoraFile, common: dict[str, Any], names: list[str], path: Path
-) -> LoraConfig:
-    """The ranks and alphas that the file's patterns give each module, read literally."""
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key, value in getattr(saved, option).items():
-            _check_positive(f"{option}[{key!r}]", value)
-    _check_positive("r", saved.r)
-    _check_positive("lora_alpha", saved.lora_alpha)
-    if not 0 <= saved.lora_dropout < 1:
-        raise ValueError(f"lora_dropout={saved.lora_dropout!r} must be in [0, 1).")
-    return LoraConfig(
-        **common,
-        lora_alpha=saved.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats too
-        lora_dropout=saved.lora_dropout,
-        use_rslora=saved.use_rslora,
-        fan_in_fan_out=saved.fan_in_fan_out,
-        rank_pattern=_by_module(saved.rank_pattern, names, saved.r, path),
-        alpha_pattern=_by_module(saved.alpha_pattern, names, saved.lora_alpha, path),
-    )
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (0 < value < 1e9):
-        raise ValueError(f"{name}={value!r} must be a positive number below 1e9.")
-
-
-def _by_module(
-    pattern: Mapping[str, Any], names: list[str], default: Any, path: Path
-) -> dict[str, Any]:
-    """A pattern with one anchored, escaped key per module; PEFT's first match wins."""
-    literal: dict[str, tuple[bool, Any]] = {}
-    for key, value in pattern.items():
-        plain = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
-        if not re.fullmatch(r"[\w.\-]+", plain):
-            raise FileError(
-                f"{_WHAT} {path}: the pattern {key!r} is no module name; regular expressions from "
-                "elsewhere are not run. Write one key per module."
-            )
-        literal.setdefault(plain, (key.startswith("^"), value))
-    found = {}
-    for name in names:
-        matches = (
-            value
-            for key, (whole, value) in literal.items()
-            if name == key or (not whole and name.endswith("." + key))
-        )
-        found["^" + re.escape(name)] = next(matches, default)
-    return found
 
 
 def _expected_shapes(
@@ -371,13 +214,13 @@ def _expected_shapes(
     return expected
 
 
-def _whole_modules(model: nn.Module, saved: _Common, path: Path) -> dict[str, tuple[int, ...]]:
+def _whole_modules(model: nn.Module, saved: SavedConfig, path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of `modules_to_save`, by the model; PEFT takes every name that ends so."""
     expected: dict[str, tuple[int, ...]] = {}
     for ending in saved.modules_to_save or ():
         found = [n for n, _ in model.named_modules() if ending and n.endswith(ending)]
         if not found:
-            raise FileError(f"{_WHAT} {path}: modules_to_save has {ending!r}; no module ends so.")
+            raise FileError(f"{WHAT} {path}: modules_to_save has {ending!r}; no module ends so.")
         for name in found:
             for key, tensor in model.get_submodule(name).state_dict().items():
                 expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
