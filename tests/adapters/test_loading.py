@@ -154,6 +154,8 @@ class TestBrokenWeights:
     def test_a_missing_module(self, folder: Path) -> None:
         edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if "first" in name])
         refused(folder, "target_modules has 'first', for which there are no weights")
+        edit_config(folder, target_modules=".*")
+        refused(folder, "rank_pattern has 'first', for which there are no weights")
 
     @pytest.mark.parametrize(
         "name", ["base_model.model.third.ralora_A.weight", "base_model.model.norm.ralora_B.weight"]

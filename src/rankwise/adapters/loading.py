@@ -185,13 +185,17 @@ def _adapted_modules(weights: _Weights, shapes: Mapping[str, LinearShape], kind:
 
 
 def _check_targets(saved: SavedConfig, names: list[str], path: Path) -> None:
-    """A target that is a name must have its tensors; a regular expression is not run."""
-    targets = saved.target_modules
-    for target in targets if isinstance(targets, list) else []:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            raise FileError(
-                f"{WHAT} {path}: target_modules has {target!r}, for which there are no weights."
-            )
+    """What the configuration calls by name must have tensors; regular expressions are not run."""
+    called = {
+        "target_modules": saved.target_modules if isinstance(saved.target_modules, list) else (),
+        "rank_pattern": saved.rank_pattern if isinstance(saved, SavedRaLora) else (),
+    }
+    for option, keys in called.items():
+        for key in keys:
+            if not any(name == key or name.endswith("." + key) for name in names):
+                raise FileError(
+                    f"{WHAT} {path}: {option} has {key!r}, for which there are no weights."
+                )
 
 
 def _expected_shapes(
