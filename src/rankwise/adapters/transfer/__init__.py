@@ -1,0 +1,29 @@
+"""Learned elementwise functions of a low-rank matrix, and linear layers through them.
+
+`bases.py` holds the formulas, `grids.py` the grids, `expansion.py` the way to a cost that does not
+grow with K, `evaluators.py` what runs over the entries, `function.py` the differentiable layer.
+"""
+
+from rankwise.adapters.transfer.bases import BASES, BasisName, ParameterGradients, Transfer
+from rankwise.adapters.transfer.function import (
+    Evaluation,
+    evaluate,
+    evaluator,
+    gradients,
+    transfer_linear,
+)
+from rankwise.adapters.transfer.grids import GridKind, grid_points
+
+__all__ = [
+    "BASES",
+    "BasisName",
+    "Evaluation",
+    "GridKind",
+    "ParameterGradients",
+    "Transfer",
+    "evaluate",
+    "evaluator",
+    "gradients",
+    "grid_points",
+    "transfer_linear",
+]

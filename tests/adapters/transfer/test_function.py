@@ -1,0 +1,200 @@
+"""The differentiable layer: gradients, what it saves, what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rankwise.adapters.transfer import (
+    BASES,
+    BasisName,
+    Evaluation,
+    GridKind,
+    Transfer,
+    evaluate,
+    transfer_linear,
+)
+from rankwise.adapters.transfer.function import backward_pass, forward_pass
+from transfer_samples import GRIDS, NAMES, sample
+
+CASES = [
+    (name, grid, way)
+    for name in NAMES
+    for grid in (GRIDS if BASES[name].local else GRIDS[:1])
+    for way in ("direct", "fast")
+]
+
+
+def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """x (4, 5), A (2, 5), B (3, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 5), (2, 5), (3, 2))
+    x, a, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return tuple(t.to(dtype).requires_grad_() for t in (x, 0.4 * a, 0.4 * b))  # type: ignore
+
+
+@pytest.mark.parametrize(("name", "grid", "way"), CASES)
+def test_gradcheck(name: BasisName, grid: GridKind, way: Evaluation) -> None:
+    f = sample(name, 6, grid=grid)
+    parameters = {
+        key: getattr(f, key).clone().requires_grad_()
+        for key in ("amplitude", "bandwidth", "grid")
+        if getattr(f, key) is not None and name != "sine"
+    }
+    weight, columns = torch.randn(3, 5).double(), torch.tensor([2.0, 0, 2, 2, 0]).double()
+
+    def function(x: Tensor, a: Tensor, b: Tensor, *values: Tensor) -> Tensor:
+        used = replace(f, **dict(zip(parameters, values, strict=True)))
+        return transfer_linear(
+            x, a, b, used, scale=2.0, weight=weight, columns=columns, evaluation=way
+        )
+
+    assert torch.autograd.gradcheck(function, (*factors(), *parameters.values()))
+
+
+def test_it_is_the_dense_product() -> None:
+    (x, a, b), f = factors(), sample()
+    weight, bias = torch.randn(3, 5).double(), torch.randn(3).double()
+    expected = x @ (weight + 2 * evaluate(b @ a, f)).T + bias
+    output = transfer_linear(x, a, b, f, scale=2.0, weight=weight, bias=bias)
+    torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
+    alone = transfer_linear(x.view(2, 2, 5), a, b, f, scale=2.0)
+    torch.testing.assert_close(alone.view(4, 3), expected - x @ weight.T - bias)
+
+
+def test_a_frozen_adapter_passes_the_inputs_gradient_alone() -> None:
+    (x, a, b), f = factors(), sample()
+    matrix = evaluate(b @ a, f)
+    transfer_linear(x, a.detach(), b.detach(), f, scale=1.0).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(4, 3).double() @ matrix)
+    assert a.grad is None and b.grad is None
+
+
+def test_a_second_derivative_is_refused() -> None:
+    (x, a, b), f = factors(), sample()
+    output = transfer_linear(x, a, b, f, scale=1.0)
+    (gradient,) = torch.autograd.grad(output.sum(), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match="LR-LoRA has no second derivative"):
+        gradient.sum().backward()
+
+
+def test_gradients_of_the_frozen_weight_are_refused() -> None:
+    (x, a, b), f = factors(), sample()
+    weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradient for weight"):
+        transfer_linear(x, a, b, f, scale=1.0, weight=weight)
+
+
+def test_nan_comes_through() -> None:
+    (x, a, b), f = factors(torch.float32), sample(dtype=torch.float32)
+    with torch.no_grad():
+        a[0, 0] = torch.nan
+    output = transfer_linear(x, a, b, f, scale=1.0)
+    assert output.isnan().all()
+    output.sum().backward()
+    assert x.grad is not None and x.grad[:, 0].isnan().all()
+
+
+def test_f_is_computed_in_fp32_under_bf16_factors() -> None:
+    (x, a, b), f = factors(torch.bfloat16), sample(bandwidth=4.0)
+    output = transfer_linear(x, a, b, f, scale=1.0)
+    assert output.dtype == torch.bfloat16
+    matrix = evaluate(b.double() @ a.double(), f)
+    expected = x.double() @ matrix.T
+    assert (output - expected).abs().max() <= 2**-7 * (x.double().abs() @ matrix.abs().T).max()
+
+
+class DenseTensors(TorchDispatchMode):
+    """Counts how many storages as large as a tensor's live at one time, without its own."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.like, self.peak = like.untyped_storage(), 0
+        self.alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            known = storage.data_ptr() == self.like.data_ptr()
+            if storage.nbytes() >= self.like.nbytes() and not known:
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage)
+        self.alive = {at: ref for at, ref in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, len(self.alive))
+        return result
+
+
+SIZE = (600, 500)
+
+
+def large_layer() -> tuple[Tensor, Tensor, Tensor, Transfer, Tensor]:
+    d_out, d_in = SIZE
+    x = torch.randn(8, d_in, requires_grad=True)
+    a, b = torch.randn(4, d_in) / 20, torch.randn(d_out, 4) / 20
+    f = sample(dtype=torch.float32)
+    return x, a.requires_grad_(), b.requires_grad_(), f, torch.randn(SIZE)
+
+
+def test_no_more_than_two_dense_matrices_live_at_a_time() -> None:
+    x, a, b, f, weight = large_layer()
+    parameters = (x, a, b, f.amplitude, f.bandwidth, f.grid, weight)
+    rest = ("sinc", f.span, 1.0, "auto")
+    with torch.no_grad(), DenseTensors(weight) as seen:
+        output = forward_pass(*parameters, None, None, *rest)  # type: ignore[arg-type]
+        assert seen.peak == 1
+        results = backward_pass(output, *parameters, None, *rest, True, True)  # type: ignore
+        assert seen.peak == 2
+    assert [result.shape for result in results] == [p.shape for p in parameters[:6]]  # type: ignore
+
+
+def test_nothing_of_the_size_of_the_weight_is_saved() -> None:
+    x, a, b, f, weight = large_layer()
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transfer_linear(x, a, b, f, scale=1.0, weight=weight)
+    large = [t for t in saved if t.numel() >= weight.numel()]
+    assert [t.data_ptr() for t in large] == [weight.data_ptr()]
+    assert sum(t.numel() for t in saved if t.data_ptr() != weight.data_ptr()) < 10_000
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    (x, a, b), f = factors(torch.float32), sample(dtype=torch.float32)
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return transfer_linear(x, a, b, f, scale=1.0)
+
+    plain = torch.autograd.grad(function(x, a, b).square().sum(), (x, a, b))
+    output = torch.utils.checkpoint.checkpoint(function, x, a, b, use_reentrant=False)
+    for found, expected in zip(
+        torch.autograd.grad(output.square().sum(), (x, a, b)), plain, strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_it_compiles_with_its_gradient() -> None:
+    (x, a, b), f = factors(torch.float32), sample(dtype=torch.float32)
+    amplitude = f.amplitude.clone().requires_grad_()
+
+    def function(x: Tensor, a: Tensor, b: Tensor, amplitude: Tensor) -> Tensor:
+        used = Transfer(f.basis, f.span, amplitude, f.bandwidth, f.grid)
+        return transfer_linear(x, a, b, used, scale=1.0).square().sum()
+
+    leaves = (x, a, b, amplitude)
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, right in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(found, right)
