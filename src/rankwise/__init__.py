@@ -5,12 +5,14 @@ notebooks.
 """
 
 from rankwise.adapters import (
+    LrLoraConfig,
     RaLoraConfig,
     attach,
     export_lora,
     export_merged,
     fuse_lora_,
     load_adapter,
+    lr_lora_param_groups,
     save_native,
     unfuse_lora_,
 )
@@ -30,7 +32,7 @@ from rankwise.spectra import (
     stable_rank,
     threshold_rank,
 )
-from rankwise.targets import LinearShape, find_targets
+from rankwise.targets import LinearShape, find_targets, placed_modules
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ __all__ = [
     "LinearShape",
     "Lora",
     "LoraGid",
+    "LrLoraConfig",
     "LsLora",
     "ModulePlan",
     "RaLora",
@@ -62,7 +65,9 @@ __all__ = [
     "fuse_lora_",
     "gram_eigenvalues",
     "load_adapter",
+    "lr_lora_param_groups",
     "participation_ratio",
+    "placed_modules",
     "profile_gradients",
     "save_native",
     "singular_values",

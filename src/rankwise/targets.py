@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -165,6 +166,68 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
         raise _no_match(unmatched[0], shapes)
     left_out = {name: "not named in targets" for name in shapes if name not in chosen}
     return Targets(chosen, MappingProxyType(left_out))
+
+
+def placed_modules(
+    targets: Mapping[str, LinearShape],
+    part: Part = "all",
+    *,
+    layers: Layers = "all",
+    edge: int = 8,
+) -> list[str]:
+    """The targets of one kind, in some layers (LR-LoRA tables 19 and 23).
+
+    Args:
+        targets: As `find_targets` returns them.
+        part: `"attention"` and `"mlp"` by the name of the block they sit in, `"qkv"` and
+            `"gate_up"` by their own.
+        layers: `"odd"` and `"even"` by the number in the name, which starts at 0; `"first_last"`
+            for the first and the last `edge` layers.
+        edge: Of `"first_last"`; default 8 (the same).
+
+    Returns:
+        Full module names in model order, for `target_modules`.
+
+    Raises:
+        TargetError: Nothing is left, or an option is not known.
+    """
+    for name, value, allowed in (("part", part, _PARTS), ("layers", layers, _LAYERS)):
+        if value not in allowed:
+            raise TargetError(f"{name}={value!r} is not known; {nearest(str(value), allowed)}")
+    positions = {name: layer_position(name) for name in targets}
+    last = max((p.index for p in positions.values() if p.index is not None), default=-1)
+
+    def in_layers(index: int | None) -> bool:
+        if layers == "all":
+            return True
+        if index is None:
+            return False
+        if layers == "first_last":
+            return index < edge or index > last - edge
+        return index % 2 == (layers == "odd")
+
+    chosen = [
+        name
+        for name, position in positions.items()
+        if re.search(_PARTS[part], position.kind) and in_layers(position.index)
+    ]
+    if not chosen:
+        raise TargetError(
+            f"part={part!r} with layers={layers!r} leaves none of the {len(positions)} targets."
+        )
+    return chosen
+
+
+Part = Literal["all", "attention", "mlp", "qkv", "gate_up"]
+Layers = Literal["all", "odd", "even", "first_last"]
+_PARTS: Mapping[str, str] = {
+    "all": "",
+    "attention": r"(^|[._])(self_attn|self_attention|attn|attention)([._]|$)",
+    "mlp": r"(^|[._])(mlp|ffn|feed_forward|intermediate)([._]|$)",
+    "qkv": r"(^|[._])(q|k|v|query|key|value|qkv|c_attn)(_proj|_lin)?$",
+    "gate_up": r"(^|[._])(gate|up|gate_up)_proj$",
+}
+_LAYERS: tuple[str, ...] = ("all", "odd", "even", "first_last")
 
 
 def exact_target_modules(names: Sequence[str], model_names: Sequence[str]) -> list[str] | str:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from contracts import (
     AdapterCase,
@@ -78,7 +77,8 @@ class TestEveryDtype:
 
         assert_close(x.grad, wide_x.grad, dtype)
         for name, factor in factors_of(adapter_layer(model)).items():
-            assert_close(factor.grad, factors[name].grad, dtype)
+            slack = 10 if name in case.summed else 1
+            assert_close(factor.grad, factors[name].grad, dtype, slack)
 
     def test_merged_equals_unmerged(self, case: AdapterCase, dtype: torch.dtype, kind: str) -> None:
         model, base, x = adapted(case, kind, dtype), OneLayer(kind, dtype), inputs(dtype)
@@ -230,7 +230,7 @@ class TestDropout:
         torch.manual_seed(6)
         output = model(x)
         torch.manual_seed(6)
-        dropped = F.dropout(x, 0.5)
+        dropped = case.drop(x, 0.5)
         base = OneLayer(dtype=torch.float64)
         expected = base(x) + dropped @ dense_delta(case, model).T
         assert_close(output, expected, torch.float64)

@@ -2,15 +2,21 @@
 
 from rankwise.adapters.attach import adapter_config, attach
 from rankwise.adapters.block_diagonal import RaLoraConfig, RaLoraLinear, RaLoraModel
+from rankwise.adapters.elementwise import LrLoraConfig, LrLoraLinear, LrLoraModel
 from rankwise.adapters.export import Exported, export_lora, export_merged, save_native
 from rankwise.adapters.fuse_lora import fuse_lora_, unfuse_lora_
 from rankwise.adapters.loading import load_adapter
+from rankwise.adapters.param_groups import lr_lora_param_groups
 from rankwise.adapters.registration import register
 
 register("ralora", RaLoraConfig, RaLoraModel)
+register("lrlora", LrLoraConfig, LrLoraModel)
 
 __all__ = [
     "Exported",
+    "LrLoraConfig",
+    "LrLoraLinear",
+    "LrLoraModel",
     "RaLoraConfig",
     "RaLoraLinear",
     "RaLoraModel",
@@ -20,6 +26,7 @@ __all__ = [
     "export_merged",
     "fuse_lora_",
     "load_adapter",
+    "lr_lora_param_groups",
     "save_native",
     "unfuse_lora_",
 ]

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rankwise.adapters.block_diagonal import RaLoraConfig
-from rankwise.plan import RankPlan
+from rankwise.adapters.elementwise import LrLoraConfig
+from rankwise.errors import PlanError, nearest
+from rankwise.plan import AdapterKind, RankPlan
 from rankwise.provenance import model_fingerprint
 
 
 def adapter_config(
-    plan: RankPlan, *, dropout: float = 0.0, **options: Any
-) -> LoraConfig | RaLoraConfig:
+    plan: RankPlan,
+    *,
+    adapter: AdapterKind | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> LoraConfig | RaLoraConfig | LrLoraConfig:
     """The PEFT configuration that carries out a plan.
 
     Args:
         plan: What each module gets.
+        adapter: Another kind of adapter with the plan's ranks; default: the plan's own.
         dropout: Probability of dropping an input of an adapter.
         **options: Forwarded to the configuration class: `task_type`, `modules_to_save` and so on;
             for block-diagonal adapters also `scaling`, `rank_scaling` and `init_fan_in`.
+
+    Raises:
+        PlanError: The plan has blocks, which the other kind of adapter lacks.
     """
+    if adapter is not None:
+        check_adapter(adapter)
+        plan = replace(plan, adapter=adapter)
     if plan.adapter == "lora":
         return plan.to_lora_config(lora_dropout=dropout, **options)
     modules = plan.modules
+    if plan.adapter == "lr-lora":
+        return LrLoraConfig(
+            r=plan.r_ref,
+            alpha=plan.alpha,
+            dropout=dropout,
+            target_modules=list(modules),
+            rank_pattern={name: m.rank for name, m in modules.items()},
+            **options,
+        )
     return RaLoraConfig(
         r=plan.r_ref,
         alpha=plan.alpha,
@@ -36,6 +59,14 @@ def adapter_config(
         blocks_pattern={name: m.blocks for name, m in modules.items()},
         **options,
     )
+
+
+def check_adapter(adapter: str) -> None:
+    """Refuse an unknown kind of adapter."""
+    if adapter not in get_args(AdapterKind):
+        raise PlanError(
+            f"adapter={adapter!r} is not known; {nearest(adapter, get_args(AdapterKind))}"
+        )
 
 
 def attach(
@@ -53,7 +84,8 @@ def attach(
         plan: Made for this model.
         adapter_name: Name of the adapter.
         allow_other_base: See `RankPlan.check_fits`.
-        **options: Forwarded to `adapter_config`.
+        **options: Forwarded to `adapter_config`: `adapter="lr-lora"`, say, for the plan's ranks
+            under LR-LoRA.
 
     Returns:
         A `PeftModel`: train it, save it, merge it as any other.

@@ -22,7 +22,7 @@ from rankwise.provenance import model_fingerprint
 from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 
 SCHEMA_VERSION = 1
-AdapterKind = Literal["lora", "ralora"]
+AdapterKind = Literal["lora", "ralora", "lr-lora"]
 _FORBID = ConfigDict(extra="forbid")
 
 
@@ -76,7 +76,8 @@ class RankPlan(Displayed):
 
     Attributes:
         method: Name of the method that made the plan.
-        adapter: `"lora"` for plain LoRA, `"ralora"` for block-diagonal adapters.
+        adapter: `"lora"` for plain LoRA, `"ralora"` for block-diagonal adapters, `"lr-lora"` for
+            LR-LoRA, whose functions' parameters, 2K a module, are not counted here.
         r_ref: Reference rank: the LoRA rank with the same budget.
         alpha: LoRA alpha; every module is scaled by `alpha / r_ref`.
         budget: Trainable parameters allowed; None where the method sets no hard budget.
@@ -124,8 +125,10 @@ class RankPlan(Displayed):
             raise PlanError(f"r_ref={self.r_ref} must be at least 1.")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise PlanError(f"alpha={self.alpha} must be a positive number.")
-        if self.adapter == "lora" and any(m.blocks > 1 for m in self.modules.values()):
-            raise PlanError("adapter 'lora' has one block per module; use adapter 'ralora'.")
+        if self.adapter != "ralora" and any(m.blocks > 1 for m in self.modules.values()):
+            raise PlanError(
+                f"adapter {self.adapter!r} has one block per module; use adapter 'ralora'."
+            )
         if self.budget is not None and self.parameters > self.budget:
             raise PlanError(
                 f"the plan takes {self.parameters} parameters, over its budget of {self.budget}."
@@ -211,12 +214,13 @@ class RankPlan(Displayed):
             **options: Forwarded to `LoraConfig`, for example `lora_dropout` or `task_type`.
 
         Raises:
-            PlanError: The plan has block-diagonal adapters, which LoRA cannot express.
+            PlanError: The plan has adapters that LoRA cannot express.
         """
         if self.adapter != "lora":
+            kind = "block-diagonal" if self.adapter == "ralora" else "elementwise"
             raise PlanError(
-                f"a {self.adapter} plan has block-diagonal adapters, which LoraConfig cannot "
-                "express; use rankwise.attach(model, plan)."
+                f"a {self.adapter} plan has {kind} adapters, which LoraConfig cannot express; use "
+                "rankwise.attach(model, plan)."
             )
         alphas = {name: self.scaling * module.rank for name, module in self.modules.items()}
         uneven = {name: m.rank for name, m in self.modules.items() if m.rank != self.r_ref}
