@@ -142,7 +142,7 @@ def main() -> int:
         folder = peft_tests(release)
         result = run_tests(folder)
         well = result.failed == 0 and result.passed >= MINIMUM
-        print(f"PEFT {release}'s tests on RaLoraConfig: {result} (at least {MINIMUM} must pass)")
+        print(f"PEFT {release}'s tests on our adapters: {result} (at least {MINIMUM} must pass)")
         for fault in FAULTS if arguments.controls else ():
             broken = run_tests(folder, "--break-adapter", fault, quiet=True)
             caught = broken.failed > 0

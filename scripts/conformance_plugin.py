@@ -20,52 +20,85 @@ from typing import Any
 import pytest
 from peft import PeftConfig
 
-from rankwise import RaLoraConfig
-from rankwise.adapters import RaLoraLinear
+from rankwise import LrLoraConfig, RaLoraConfig
+from rankwise.adapters import LrLoraLinear, RaLoraLinear
+from rankwise.adapters.delta import DeltaLayer
 
-OURS: tuple[type[PeftConfig], ...] = (RaLoraConfig,)
+OURS: tuple[type[PeftConfig], ...] = (RaLoraConfig, LrLoraConfig)
 
 # What PEFT's tables hold, for us. Layers of its models: MLP lin0 10 -> 20, lin1 20 -> 2; MLP2 lin0
 # 10 -> 32, lin1 32 -> 2; EmbConv1D conv1d 5 -> 1 (a transformers Conv1D), lin0 10 -> 2; Conv1d lin0
-# 9 -> 2. Ranks above a layer's smaller dimension, which PEFT's own rows have, RaLoRA refuses.
-CASES = [
-    (f"{model} {number} RaLoRA", model, RaLoraConfig, options)
-    for number, (model, options) in enumerate(
-        [
-            ("MLP", {"target_modules": "lin0"}),
-            ("MLP", {"target_modules": ["lin0"]}),
-            ("MLP", {"target_modules": ["lin1"], "r": 1}),
-            ("MLP", {"target_modules": ["lin0", "lin1"], "r": 2}),
-            ("MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-            ("MLP", {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"]}),
-            ("MLP", {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]}),
-            ("MLP", {"target_modules": ["lin0"], "blocks": 2, "r": 3, "alpha": 4.5}),
-            (
-                "MLP",
-                {
-                    "target_modules": ["lin0", "lin1"],
-                    "r": 1,
-                    "rank_pattern": {"lin0": 4},
-                    "blocks_pattern": {"lin0": 2},
-                    "init_fan_in": "block",
-                },
-            ),
-            # 32 blocks are lowered to 2
-            ("MLP2", {"target_modules": ["lin0", "lin1"], "r": 2, "blocks": 32}),
-            ("EmbConv1D", {"target_modules": ["conv1d"], "r": 1}),
-            ("EmbConv1D", {"target_modules": ["conv1d"], "r": 1, "modules_to_save": ["lin0"]}),
-            ("EmbConv1D", {"target_modules": ["conv1d", "lin0"], "r": 1, "blocks": 2}),
-            ("Conv1d", {"target_modules": ["lin0"], "r": 2}),
-        ],
-        start=1,
-    )
+# 9 -> 2. Ranks above a layer's smaller dimension, which PEFT's own rows have, ours refuse.
+COMMON = [
+    ("MLP", {"target_modules": "lin0"}),
+    ("MLP", {"target_modules": ["lin0"]}),
+    ("MLP", {"target_modules": ["lin1"], "r": 1}),
+    ("MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("MLP", {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"]}),
+    ("MLP", {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]}),
+    ("EmbConv1D", {"target_modules": ["conv1d"], "r": 1}),
+    ("EmbConv1D", {"target_modules": ["conv1d"], "r": 1, "modules_to_save": ["lin0"]}),
+    ("Conv1d", {"target_modules": ["lin0"], "r": 2}),
 ]
+BLOCKS = [
+    ("MLP", {"target_modules": ["lin0", "lin1"], "r": 2}),
+    ("MLP", {"target_modules": ["lin0"], "blocks": 2, "r": 3, "alpha": 4.5}),
+    (
+        "MLP",
+        {
+            "target_modules": ["lin0", "lin1"],
+            "r": 1,
+            "rank_pattern": {"lin0": 4},
+            "blocks_pattern": {"lin0": 2},
+            "init_fan_in": "block",
+        },
+    ),
+    # 32 blocks are lowered to 2
+    ("MLP2", {"target_modules": ["lin0", "lin1"], "r": 2, "blocks": 32}),
+    ("EmbConv1D", {"target_modules": ["conv1d", "lin0"], "r": 1, "blocks": 2}),
+]
+# Three steps of plain gradient descent must move every factor visibly. On the default grid f is
+# nearly constant at first, which cancels in the model's softmax.
+BOTH = {
+    "target_modules": ["lin0", "lin1"],
+    "r": 1,
+    "alpha": 16,
+    "span": 0.3,
+    "bandwidth_init": 10.0,
+}
+FUNCTIONS = [
+    ("MLP", BOTH),
+    ("MLP", BOTH | {"rank_pattern": {"lin0": 4}}),
+    ("MLP", BOTH | {"grid": "learned"}),
+    ("MLP", BOTH | {"grid": "chebyshev", "bandwidth": "fixed"}),
+    ("MLP", {"target_modules": ["lin0"], "init": "grid_shift"}),
+    *(("MLP", {"target_modules": ["lin0"], "basis": name}) for name in ("rbf", "spline")),
+    ("MLP", {"target_modules": ["lin0"], "basis": "fourier", "points": 4}),
+    ("MLP", {"target_modules": ["lin0"], "basis": "polynomial", "points": 2}),
+]
+
+
+def cases(
+    label: str, config: type[PeftConfig], rows: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, str, type[PeftConfig], dict[str, Any]]]:
+    """Rows of PEFT's table `TEST_CASES`."""
+    return [
+        (f"{model} {number} {label}", model, config, options)
+        for number, (model, options) in enumerate(rows, start=1)
+    ]
+
+
+CASES = cases("RaLoRA", RaLoraConfig, COMMON + BLOCKS)
+CASES += cases("LR-LoRA", LrLoraConfig, COMMON + FUNCTIONS)
 LIN0 = {"target_modules": ["lin0"], "init_weights": False}
 LIN1 = {"target_modules": ["lin1"], "init_weights": False, "r": 2}
 PAIRS = [
     ("RaLoRA Same", "ralora", RaLoraConfig, LIN0, LIN0),
     ("RaLoRA Different", "ralora", RaLoraConfig, LIN0, LIN1),
     ("RaLoRA Other Shape", "ralora", RaLoraConfig, LIN0 | {"blocks": 2}, LIN0 | {"r": 3}),
+    ("LR-LoRA Same", "lrlora", LrLoraConfig, LIN0, LIN0),
+    ("LR-LoRA Different", "lrlora", LrLoraConfig, LIN0, LIN1),
+    ("LR-LoRA Other Function", "lrlora", LrLoraConfig, LIN0 | {"points": 9}, LIN0 | {"r": 3}),
 ]
 REPLACEMENTS: dict[str, list[Any]] = {
     "TEST_CASES": CASES,
@@ -191,15 +224,18 @@ def concerns_us(item: pytest.Item) -> bool:
 def break_unmerge() -> None:
     """Unmerging forgets what was merged, and leaves it in the base weight."""
 
-    def unmerge(self: RaLoraLinear) -> None:
+    def unmerge(self: DeltaLayer) -> None:
         self.merged_adapters.clear()
 
-    RaLoraLinear.unmerge = unmerge  # type: ignore[method-assign]
+    DeltaLayer.unmerge = unmerge  # type: ignore[method-assign]
 
 
 def forget_b() -> None:
     """B is not among the adapter's weights, so it is neither trained nor switched nor deleted."""
-    RaLoraLinear.adapter_layer_names = ("ralora_A",)
+    for layer in (RaLoraLinear, LrLoraLinear):
+        layer.adapter_layer_names = tuple(
+            name for name in layer.adapter_layer_names if not name.endswith("_B")
+        )
 
 
 FAULTS = {"unmerge": break_unmerge, "forget-b": forget_b}
