@@ -134,7 +134,7 @@ class TestFiles:
             (lambda d: d.update(alpha="16"), "alpha: .*number"),
             (lambda d: d.update(r_ref=0), "r_ref: .*greater than 0"),
             (lambda d: d.update(r_ref=True), "r_ref: .*integer"),
-            (lambda d: d.update(adapter="dora"), "adapter: .*'lora' or 'ralora'"),
+            (lambda d: d.update(adapter="dora"), "adapter: .*'lora', 'ralora' or 'lr-lora'"),
             (lambda d: d.update(budget=1), "over its budget of 1"),
             (lambda d: d.update(modules={}), "at least one module"),
             (lambda d: d.update(modules=[]), "modules: "),

@@ -43,8 +43,9 @@ def one_layer(dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
 
 def train(model: nn.Module, steps: int, lr: float = 1e-2) -> list[dict[str, float]]:
     """Adam towards a full-rank map; the size of every factor's gradient at each step."""
-    x = inputs()
-    target = OneLayer()(x).detach() + 0.2 * x @ torch.eye(D_IN, D_OUT)
+    dtype = next(model.parameters()).dtype
+    x = inputs(dtype)
+    target = OneLayer(dtype=dtype)(x).detach() + 0.2 * x @ torch.eye(D_IN, D_OUT, dtype=dtype)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     sizes = []
     for _ in range(steps):
@@ -58,11 +59,13 @@ def train(model: nn.Module, steps: int, lr: float = 1e-2) -> list[dict[str, floa
 
 class TestStart:
     def test_the_papers_start_is_a_dead_point_of_both_factors(self) -> None:
-        dead, live = train(one_layer(init="paper"), 5), train(one_layer(), 5)
+        # in fp64, because Adam makes whole steps of the rounding by which A and B escape
+        dead = train(one_layer(torch.float64, init="paper"), 5)
+        live = train(one_layer(torch.float64), 5)
         for step in dead:
             assert step["lrlora_amplitude"] > 0.1
             # f'(0) of an even function, to rounding
-            assert max(step["lrlora_A"], step["lrlora_B"]) < 1e-6
+            assert max(step["lrlora_A"], step["lrlora_B"]) < 1e-10
         for step in live[1:]:
             assert min(step["lrlora_A"], step["lrlora_B"]) > 1e-5
 
