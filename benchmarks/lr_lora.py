@@ -11,13 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import rankwise as rw
-from benchmarks.smollm2 import LENGTH, _batches
+from benchmarks.text import LENGTH, frozen_model, text_batches
 from benchmarks.timing import Row, at_most, interleaved
 from rankwise.adapters.transfer import Transfer, evaluate, gradients, grid_points
-from rankwise.experiments.smollm2 import smollm2_folder
 
 TOKENS = 1024
 
@@ -113,9 +111,8 @@ def _trained_by_chance_(model: nn.Module) -> None:
 
 
 def _step(quick: bool) -> list[Row]:
-    folder = smollm2_folder()
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    (batch,) = _batches(folder, 1, TOKENS // LENGTH)
+    base = frozen_model()
+    (batch,) = text_batches(1, TOKENS // LENGTH)
 
     def step_of(adapter: str) -> Callable[[], None]:
         model = _lora(copy.deepcopy(base), adapter)
@@ -145,7 +142,7 @@ def _peak_memory(adapter: str) -> float:
 
 
 def _print_peak_memory(adapter: str) -> None:
-    base = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    base = frozen_model()
     model = _lora(base, adapter)
     _trained_by_chance_(model)
     tokens = torch.randint(3, 1000, (TOKENS // LENGTH, LENGTH))
