@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-from benchmarks import adapters, gradients, lr_lora, planning, smollm2, spectra
+from benchmarks import adapters, dynamic, gradients, lr_lora, planning, smollm2, spectra
 from benchmarks.timing import write
 
-MODULES = (spectra, planning, gradients, adapters, smollm2, lr_lora)
+MODULES = (spectra, planning, gradients, adapters, smollm2, lr_lora, dynamic)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from rankwise.adapters import (
     unfuse_lora_,
 )
 from rankwise.curve import BudgetCurve, budget_curve
+from rankwise.dynamic import DynamicOptions, DynamicRanks, RankCallback, last_checkpoint
 from rankwise.errors import RankwiseError
 from rankwise.methods import Compose, Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
 from rankwise.plan import ModulePlan, RankPlan
@@ -40,6 +41,8 @@ __all__ = [
     "BatchLoss",
     "BudgetCurve",
     "Compose",
+    "DynamicOptions",
+    "DynamicRanks",
     "Gard",
     "GradientProfile",
     "LinearShape",
@@ -51,6 +54,7 @@ __all__ = [
     "RaLora",
     "RaLoraConfig",
     "RaLoraPro",
+    "RankCallback",
     "RankPlan",
     "RankwiseError",
     "WaterFill",
@@ -64,6 +68,7 @@ __all__ = [
     "find_targets",
     "fuse_lora_",
     "gram_eigenvalues",
+    "last_checkpoint",
     "load_adapter",
     "lr_lora_param_groups",
     "participation_ratio",

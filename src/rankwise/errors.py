@@ -26,6 +26,10 @@ class PlanError(RankwiseError, ValueError):
     """A rank plan cannot be made from these numbers, or does not fit the model."""
 
 
+class DynamicError(RankwiseError, RuntimeError):
+    """Ranks cannot move here: an optimizer, a wrapper or a checkpoint does not allow it."""
+
+
 class ExportError(RankwiseError, ValueError):
     """An adapter cannot be written in the form asked for, or would compute something else there."""
 

@@ -111,7 +111,12 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: beside it, fsync, rename.
+    """Write a text file atomically: see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: beside it, fsync, rename.
 
     Raises:
         FileError: It cannot be written; an earlier file of that name is untouched.
@@ -120,10 +125,10 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as handle:
             temporary = Path(handle.name)
-            handle.write(text)
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

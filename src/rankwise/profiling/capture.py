@@ -29,6 +29,7 @@ def capture_gradients(
     *,
     flat: bool = True,
     from_embeddings: bool = True,
+    freeze: bool = True,
 ) -> Iterator[None]:
     """Call `consume` for every target on every backward inside the block.
 
@@ -36,11 +37,13 @@ def capture_gradients(
     With `from_embeddings` the graph starts at the input embeddings, as reentrant checkpointing
     needs; else at the first target, or wherever the caller starts it.
 
-    All parameters are frozen meanwhile; their `requires_grad` and the model's hooks are as before
-    when the block ends, however it ends.
+    All parameters are frozen meanwhile, unless the backward is a training step's own and `freeze`
+    is off; their `requires_grad` and the model's hooks are as before when the block ends, however
+    it ends.
     """
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+        if freeze:
+            stack.enter_context(_frozen(model))
         for module in _input_embeddings(model) if from_embeddings else ():
             _remove_at_exit(stack, module.register_forward_hook(_require_output_grad))
         for name in targets:

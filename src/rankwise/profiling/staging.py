@@ -7,7 +7,7 @@ where they are smaller than the product `g' x (d_out, d_in)`, else as the produc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,11 +51,40 @@ class BatchGradient:
         """Whether the batch did not reach the module."""
         return self._product is None and not self._factors
 
+    def arrays(self) -> dict[str, Tensor]:
+        """What it holds, for a checkpoint."""
+        if self._product is not None:
+            return {"product": self._product}
+        pairs = enumerate(self._factors)
+        return {f"{side}{i}": t for i, pair in pairs for side, t in zip("xg", pair, strict=True)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> BatchGradient:
+        """The batch gradient that `arrays` came from."""
+        new = cls()
+        new._product = arrays.get("product")
+        count = sum(key.startswith("x") for key in arrays)
+        new._factors = [(arrays[f"x{i}"], arrays[f"g{i}"]) for i in range(count)]
+        return new
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)` of a batch that reached the module."""
+        if self._product is not None:
+            return self._product.shape[0], self._product.shape[1]
+        x, g = self._factors[0]
+        return g.shape[1], x.shape[1]
+
     def rows(self, start: int, end: int) -> Float[Tensor, "rows d_in"]:
         """Rows `start` to `end` of the gradient, of a batch that reached the module."""
         if self._product is not None:
             return self._product[start:end]
         return _product([(x, g[:, start:end]) for x, g in self._factors])
+
+
+def _under(prefix: str, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays whose names begin so, without the beginning."""
+    return {k.removeprefix(prefix): t for k, t in arrays.items() if k.startswith(prefix)}
 
 
 def _product(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -175,6 +204,23 @@ class GradientSum:
         self._staged_total = None
         self._staged = []
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything kept so far, for a checkpoint between two batches."""
+        found = {"items": torch.tensor(self._items), "gids": torch.tensor(self._gids).double()}
+        if self._total is not None:
+            return found | {"total": self._total}
+        for i, use in enumerate(self._kept):
+            found |= {f"x{i}": use.x, f"g{i}": use.g}
+        return found | {"weights": torch.tensor([use.weight for use in self._kept]).double()}
+
+    def restore(self, arrays: Mapping[str, Tensor]) -> None:
+        """Go on from what `arrays` gave."""
+        self._items = arrays["items"].tolist()
+        self._gids = arrays["gids"].tolist()
+        self._total = arrays.get("total")
+        weights = arrays["weights"].tolist() if self._total is None else []
+        self._kept = [Use(arrays[f"x{i}"], arrays[f"g{i}"], w) for i, w in enumerate(weights)]
+
     def finish(self) -> tuple[MeanGradient | None, Tensor | None, list[float]]:
         """The mean gradient, no Gram matrix, and the GIDs after `prefixes(N)` batches."""
         if self._convergence and not _is_power_of_two(len(self._items)):
@@ -231,6 +277,25 @@ class KeptGradients:
     def drop(self) -> None:
         """Forget the staged batch."""
         self._staged = BatchGradient()
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything kept so far, for a checkpoint between two batches."""
+        found = {"items": torch.tensor(self._items)}
+        for b, kept in enumerate(self._kept):
+            found |= {f"{b}.{key}": tensor for key, tensor in kept.arrays().items()}
+        return found
+
+    def restore(self, arrays: Mapping[str, Tensor]) -> None:
+        """Go on from what `arrays` gave."""
+        self._items = arrays["items"].tolist()
+        self._kept = [
+            BatchGradient.from_arrays(_under(f"{b}.", arrays)) for b in range(len(self._items))
+        ]
+        for kept in self._kept:
+            if not kept.is_empty:
+                self._shape = kept.shape
+                like = next(iter(kept.arrays().values()))
+                self._like = torch.zeros((), dtype=wide_dtype(like.dtype), device=like.device)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, list[float]]:
         """The mean gradient, `C_ab = <G_a, G_b> / M` in fp64, and the GIDs of the prefixes.

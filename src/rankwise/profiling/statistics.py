@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -192,6 +192,30 @@ class StreamingStatistics:
         self._staged = {}
         for module in self._modules.values():
             module.stream.drop()
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything counted so far, for a checkpoint between two batches."""
+        found = {
+            f"{name}:{key}": tensor
+            for name, module in self._modules.items()
+            for key, tensor in module.stream.arrays().items()
+        }
+        counts = [[m.rows, m.batches, m.zero_batches] for m in self._modules.values()]
+        return found | {"counts": torch.tensor(counts), "samples": torch.tensor(self._samples)}
+
+    def restore(self, arrays: Mapping[str, Tensor]) -> None:
+        """Go on from what `arrays` of statistics of the same modules gave; not for `"fisher"`."""
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._modules}
+        for key, tensor in arrays.items():
+            name, _, part = key.rpartition(":")
+            if name:
+                parts[name][part] = tensor
+        self._samples = int(arrays["samples"])
+        for (name, module), counts in zip(
+            self._modules.items(), arrays["counts"].tolist(), strict=True
+        ):
+            module.stream.restore(parts[name])
+            module.rows, module.batches, module.zero_batches = counts
 
     def pop(self, name: str) -> ModuleResult:
         """The statistics of a module, giving up its memory."""

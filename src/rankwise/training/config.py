@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rankwise.dynamic import DynamicOptions, rule_of
 from rankwise.errors import ConfigError, PlanError, nearest
 from rankwise.files import describe, read_text
 from rankwise.methods import METHODS, Method
@@ -18,6 +19,7 @@ from rankwise.methods import METHODS, Method
 MAX_DEPTH = 20
 """Deepest nesting of a configuration file; ours needs three."""
 
+_DYNAMIC = "-dynamic"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -95,6 +97,11 @@ class RunConfig(_Section):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "ralora"}, description="name and its options"
     )
+    dynamic: dict[str, Any] | None = Field(
+        default=None,
+        description="options of ranks that move while training, see `rankwise.DynamicOptions`; {} "
+        "for the defaults; a method named NAME-dynamic is NAME with these",
+    )
     targets: str | list[str] = "all-linear"
     plan: str | None = Field(default=None, description="a saved plan, instead of profiling")
     dtype: Dtype = "float32"
@@ -105,12 +112,33 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _method_is_known(self) -> RunConfig:
         self.make_method()
+        self.make_dynamic()
         return self
 
     def make_method(self) -> Method:
         """The method with its options."""
         options = dict(self.method)
-        return make_method(options.pop("name", None), options)
+        name = options.pop("name", None)
+        return make_method(name.removesuffix(_DYNAMIC) if isinstance(name, str) else name, options)
+
+    def make_dynamic(self) -> DynamicOptions | None:
+        """When and how far ranks move while training; None if they do not.
+
+        Raises:
+            ConfigError: An option is unknown or not allowed, or the method's ranks cannot move.
+        """
+        named = str(self.method.get("name")).endswith(_DYNAMIC)
+        if self.dynamic is None and not named:
+            return None
+        known = [field.name for field in fields(DynamicOptions)]
+        for key in self.dynamic or {}:
+            if key not in known:
+                raise ConfigError(f"dynamic.{key}: no such option; {nearest(key, known)}")
+        try:
+            rule_of(self.make_method())
+            return DynamicOptions(**(self.dynamic or {}))
+        except PlanError as error:
+            raise ConfigError(f"dynamic: {error}") from error
 
 
 def make_method(name: object, options: Mapping[str, Any]) -> Method:

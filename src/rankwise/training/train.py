@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rankwise.adapters import attach
 from rankwise.artifacts import PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
+from rankwise.dynamic import RankCallback, RankEvent
 from rankwise.errors import ConfigError
 from rankwise.files import check_replaceable, new_folder, write_text
 from rankwise.plan import RankPlan
@@ -53,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 CONFIG_FILE = "run.yaml"
+EVENTS_FILE = "rank_events.json"
 Notify = Callable[[str], None]
 
 # transformers 5 renamed the option on the way and warns at the old name
@@ -65,12 +68,16 @@ _CHECKPOINTING = (
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run leaves: the record, the plan, the profile if one was made, the trained model."""
+    """What a run leaves: record, plan, profile if one was made, trained model, rank events.
+
+    The plan of a dynamic run is that of its final ranks.
+    """
 
     record: RunRecord
     plan: RankPlan
     profile: GradientProfile | None
     model: PeftModel
+    events: list[RankEvent] | None = None
 
 
 def load_model(source: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -122,7 +129,11 @@ def train(
     adapted = attach(model, plan, dropout=config.training.dropout)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     say(f"training {trainable:,} parameters with {plan.method}")
-    curves = _fit(config, adapted, tokenizer, data, seconds, say)
+    dynamic = _dynamic(config, plan)
+    curves = _fit(config, adapted, tokenizer, data, seconds, say, dynamic)
+    if dynamic is not None:
+        plan = dynamic.ranks.plan
+        trainable = plan.parameters
     record = RunRecord(
         method=plan.method,
         model=name,
@@ -143,7 +154,8 @@ def train(
         commit=git_commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    run = TrainingRun(record, plan, profile, adapted)
+    events = dynamic.ranks.events if dynamic is not None else None
+    run = TrainingRun(record, plan, profile, adapted, events)
     _save(run, tokenizer, output)
     return run
 
@@ -154,6 +166,9 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) ->
         run.model.save_pretrained(str(folder / ADAPTER_FOLDER))
         tokenizer.save_pretrained(str(folder / ADAPTER_FOLDER))
         run.plan.save(folder / PLAN_FILE)
+        if run.events is not None:
+            events = json.dumps([asdict(event) for event in run.events], indent=2, allow_nan=False)
+            write_text(folder / EVENTS_FILE, events + "\n")
         if run.profile is not None:
             run.profile.save(folder / PROFILE_FOLDER)
         write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
@@ -236,6 +251,7 @@ def _fit(
     data: TokenData,
     seconds: dict[str, float],
     say: Notify,
+    dynamic: RankCallback | None,
 ) -> _Curves:
     settings = config.training
     steps = settings.steps or _steps(settings, len(data.train))
@@ -254,8 +270,10 @@ def _fit(
             train_dataset=data.train,
             data_collator=data.collator,
             processing_class=tokenizer,
-            callbacks=[callback],
+            callbacks=[callback] if dynamic is None else [callback, dynamic],
         )
+        if dynamic is not None:
+            dynamic.log_with(trainer)
         trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
         trainer.train()
     seconds["evaluate"] = callback.seconds
@@ -266,6 +284,12 @@ def _fit(
         if "loss" in entry
     ]
     return _Curves(losses, callback.curve, int(trainer.state.num_input_tokens_seen))
+
+
+def _dynamic(config: RunConfig, plan: RankPlan) -> RankCallback | None:
+    """What moves ranks while training, if that was asked for."""
+    options = config.make_dynamic()
+    return None if options is None else RankCallback(plan, config.make_method(), options)
 
 
 def _steps(settings: TrainingConfig, rows: int) -> int:
