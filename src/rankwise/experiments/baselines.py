@@ -1,0 +1,317 @@
+"""Other people's methods through PEFT, one row each, sized to a parameter budget."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    FourierFTConfig,
+    GraloraConfig,
+    HiraConfig,
+    IA3Config,
+    LoraConfig,
+    LoraGAConfig,
+    PeftConfig,
+    PeftModel,
+    RandLoraConfig,
+    VeraConfig,
+    initialize_lora_eva_weights,
+)
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.tuners.lora import preprocess_loraga
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.errors import ConfigError, nearest
+from rankwise.experiments.sizing import Adapted, Baseline, ConfigFactory, Job, Size
+from rankwise.targets import LinearShape
+
+NOT_AVAILABLE: Mapping[str, str] = {
+    "mora": "no kept library has it; PEFT 0.21 does not",
+    "nola": "no kept library has it; PEFT 0.21 does not",
+    "dylora": "no kept library has it; PEFT 0.21 does not",
+    "elalora": "no kept library has it; PEFT 0.21 does not",
+}
+"""Methods that the papers compare with and that cannot be run, with the reason."""
+
+
+def _unlimited(_: LinearShape) -> int:
+    """VeRA's and RandLoRA's random bases may be larger than the weight."""
+    return 2**62
+
+
+def _lora_cost(shape: LinearShape, size: int) -> int:
+    return size * shape.rank_cost
+
+
+def _rank_patterns(size: Size) -> tuple[int, dict[str, int]]:
+    """The common rank, and an anchored pattern for every module with another."""
+    common = size.common
+    return common, {
+        f"^{re.escape(name)}$": value for name, value in size.values.items() if value != common
+    }
+
+
+def _common(job: Job) -> dict[str, Any]:
+    options: dict[str, Any] = {"target_modules": list(job.targets)}
+    if job.task_type is not None:
+        options["task_type"] = job.task_type
+    if job.keep:
+        options["modules_to_save"] = list(job.keep)
+    return options
+
+
+def _lora(**fixed: Any) -> ConfigFactory:
+    """LoRA with alpha twice the rank of each module, so that the scaling is 2 everywhere."""
+
+    def config(job: Job, size: Size) -> PeftConfig:
+        rank, patterns = _rank_patterns(size)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            rank_pattern=patterns,
+            alpha_pattern={key: 2 * value for key, value in patterns.items()},
+            **_common(job),
+            **fixed,
+        )
+
+    return config
+
+
+def _hira(job: Job, size: Size) -> PeftConfig:
+    rank, patterns = _rank_patterns(size)
+    return HiraConfig(r=rank, rank_pattern=patterns, **_common(job))
+
+
+def _gralora(job: Job, size: Size) -> PeftConfig:
+    rank = size.common * 2
+    return GraloraConfig(r=rank, alpha=2 * rank, gralora_k=2, **_common(job))
+
+
+def _adalora_start(target: int) -> int:
+    """AdaLoRA's initial rank: 12 for 8, as in the RaLoRA paper's comparison."""
+    return math.ceil(1.5 * target)
+
+
+def _adalora(job: Job, size: Size) -> PeftConfig:
+    """Warm-up for a tenth of the steps, and the ranks fixed for the last half."""
+    target = size.common
+    steps = max(job.steps, 10)
+    return AdaLoraConfig(
+        init_r=_adalora_start(target),
+        target_r=target,
+        lora_alpha=2 * target,
+        tinit=max(1, round(0.1 * steps)),
+        tfinal=max(1, round(0.5 * steps)),
+        deltaT=max(1, round(0.01 * steps)),
+        total_step=steps,
+        **_common(job),
+    )
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Calls AdaLoRA's allocation after each optimizer step, while the gradients are still there."""
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let AdaLoRA prune."""
+        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
+
+
+def _vera(job: Job, size: Size) -> PeftConfig:
+    return VeraConfig(r=size.common, **_common(job))
+
+
+def _randlora(job: Job, size: Size) -> PeftConfig:
+    return RandLoraConfig(r=size.common, **_common(job))
+
+
+def _fourierft(job: Job, size: Size) -> PeftConfig:
+    """Scaling 300 as in the RaLoRA paper's comparison."""
+    n = size.common
+    return FourierFTConfig(n_frequency=n, scaling=300.0, **_common(job))
+
+
+def _ia3(job: Job, size: Size) -> PeftConfig:
+    return IA3Config(feedforward_modules=[], **_common(job))
+
+
+def _loraplus_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+    return create_loraplus_optimizer(
+        model,  # type: ignore[arg-type]
+        AdamW,
+        lr=lr,
+        loraplus_lr_ratio=16,  # the ratio of the RaLoRA paper's comparison, and LoRA+'s own
+        loraplus_weight_decay=weight_decay,
+    )
+
+
+def _lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+    assert isinstance(model, PeftModel)
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    return create_lorafa_optimizer(
+        model, r=config.r, lora_alpha=config.lora_alpha, lr=lr, weight_decay=weight_decay
+    )
+
+
+def _freeze_a(job: Job, model: PeftModel) -> None:
+    """LoRA-FA trains B only; frozen here already, so that the parameters count right."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+
+
+def _initialise_eva(job: Job, model: PeftModel) -> None:
+    initialize_lora_eva_weights(model, list(job.batches), show_progress_bar=False)
+
+
+def _estimate_for_lora_ga(job: Job, config: Any) -> None:
+    batches = list(job.batches)
+
+    def run() -> None:
+        for batch in batches:
+            job.loss_fn(job.model, batch).loss.backward()
+
+    with warnings.catch_warnings():
+        # PEFT counts gradients by a hook that torch warns of where no input needs a gradient
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        preprocess_loraga(job.model, config, run)
+
+
+BASELINES: Mapping[str, Baseline] = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("lora", "Hu et al. 2022", _lora_cost, _lora(), per_module=True),
+        Baseline(
+            "rslora", "Kalajdzievski 2023", _lora_cost, _lora(use_rslora=True), per_module=True
+        ),
+        Baseline(
+            "dora",
+            "Liu et al. 2024",
+            lambda shape, r: r * shape.rank_cost + shape.d_out,
+            _lora(use_dora=True),
+            per_module=True,
+        ),
+        Baseline(
+            "pissa",
+            "Meng et al. 2024",
+            _lora_cost,
+            _lora(init_lora_weights="pissa"),
+            per_module=True,
+        ),
+        Baseline(
+            "olora",
+            "Büyükakyüz 2024",
+            _lora_cost,
+            _lora(init_lora_weights="olora"),
+            per_module=True,
+        ),
+        Baseline(
+            "lora+",
+            "Hayou et al. 2024",
+            _lora_cost,
+            _lora(),
+            per_module=True,
+            optimizer=_loraplus_optimizer,
+        ),
+        Baseline(
+            "lora-fa",
+            "Zhang et al. 2023",
+            lambda shape, r: r * shape.d_out,
+            _lora(),
+            per_module=True,
+            finish=_freeze_a,
+            optimizer=_lorafa_optimizer,
+        ),
+        Baseline(
+            "eva",
+            "Paischer et al. 2024",
+            _lora_cost,
+            _lora(init_lora_weights="eva", eva_config=EvaConfig()),
+            finish=_initialise_eva,
+            redistributes=True,
+        ),
+        Baseline(
+            "lora-ga",
+            "Wang et al. 2024",
+            _lora_cost,
+            _lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
+            prepare=_estimate_for_lora_ga,
+        ),
+        Baseline("hira", "Huang et al. 2025", _lora_cost, _hira, per_module=True),
+        Baseline(
+            "gralora",
+            "Jung et al. 2025",
+            lambda shape, half: 2 * half * shape.rank_cost,
+            _gralora,
+        ),
+        Baseline(
+            "adalora",
+            "Zhang et al. 2023",
+            lambda shape, r: r * (shape.rank_cost + 1),
+            _adalora,
+            callbacks=lambda: (AdaLoraCallback(),),
+            allocated=lambda shape, r: _adalora_start(r) * (shape.rank_cost + 1),
+        ),
+        Baseline(
+            "vera",
+            "Kopiczko et al. 2024",
+            lambda shape, r: r + shape.d_out,
+            _vera,
+            sizes=(1, 4096),
+            limit=_unlimited,
+        ),
+        Baseline(
+            "randlora",
+            "Albert et al. 2025",
+            lambda shape, r: -(-shape.max_rank // r) * (r + shape.max_rank),
+            _randlora,
+            limit=_unlimited,
+        ),
+        Baseline(
+            "fourierft",
+            "Gao et al. 2024",
+            lambda _, n: n,
+            _fourierft,
+            sizes=(1, 2**17),
+            limit=lambda shape: shape.d_in * shape.d_out,
+        ),
+        Baseline("ia3", "Liu et al. 2022", lambda shape, _: shape.d_out, _ia3, sizes=(1, 1)),
+    )
+}
+"""Every baseline by name. Settings that are not the size are the papers' or PEFT's defaults."""
+
+
+def full_fine_tuning(job: Job) -> Adapted:
+    """Train the weights of the targets themselves, and `keep`; the budget does not apply."""
+    kept = tuple(f"{name}." for name in job.keep)
+    chosen = {f"{name}.weight" for name in job.targets}
+    for name, parameter in job.model.named_parameters():
+        parameter.requires_grad_(name in chosen or f"{name}.".startswith(kept or ("\0",)))
+    return Adapted(job.model)
+
+
+def find_baseline(name: str) -> Baseline:
+    """A baseline by name.
+
+    Raises:
+        ConfigError: There is none; names the nearest, or why it is not available.
+    """
+    if name in NOT_AVAILABLE:
+        raise ConfigError(f"method {name!r} is not available: {NOT_AVAILABLE[name]}.")
+    if name not in BASELINES:
+        raise ConfigError(f"{name!r} is not a baseline; {nearest(name, BASELINES)}")
+    return BASELINES[name]
