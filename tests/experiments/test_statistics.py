@@ -46,6 +46,12 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.2]) == pytest.approx([0.04, 0.09, 0.09, 0.2])
 
 
+def test_holm_is_statsmodels_holm():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p_values = [0.2, 0.001, 0.04, 0.04, 0.9, 0.015]
+    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1])
+
+
 def test_holm_ignores_what_could_not_be_tested():
     found = holm([0.01, math.nan, 0.02])
     assert found[0] == pytest.approx(0.02)

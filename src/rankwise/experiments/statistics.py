@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from rankwise.errors import ConfigError
 
@@ -117,16 +116,21 @@ def compare_with(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction; a NaN stays one and does not count as a comparison.
+    """Holm's step-down correction of m p-values.
+
+    The i-th smallest becomes `max_{j <= i} min(1, (m - j + 1) p_(j))`. A NaN stays one and does not
+    count as a comparison.
 
     Example:
         >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
     """
     corrected = np.array(p_values, dtype=float)
-    known = np.isfinite(corrected)
-    if known.any():
-        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    order = [int(i) for i in np.argsort(corrected) if math.isfinite(corrected[i])]
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * corrected[i]))
+        corrected[i] = largest
     return [float(p) for p in corrected]
 
 
