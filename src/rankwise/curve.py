@@ -13,8 +13,8 @@ from rankwise.methods.base import caps_of, costs_of, energies_of
 from rankwise.profiling import GradientProfile
 from rankwise.tables import make_table, render
 
-_FLAT = 1e-9
-"""A curve less above its chord than this is a straight line, but for rounding."""
+_FLAT = 1e-4
+"""Differences of captured energy below a hundredth of a point are none."""
 
 
 @dataclass(frozen=True)
