@@ -66,8 +66,9 @@ class Point:
     layers: int
     engine: Engine
     batches: int
-    tokens: int
     gram: bool
+    samples: int = 4
+    length: int = 128
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -77,11 +78,10 @@ class Point:
 
 ENGINES: tuple[Engine, ...] = ("hooks", "sweep")
 POINTS = [
-    *(Point(2, engine, 2, 256, gram=False) for engine in ENGINES),
-    *(Point(2, engine, 2, 256, gram=True) for engine in ENGINES),
-    *(Point(4, engine, 2, 256, gram=False) for engine in ENGINES),
-    *(Point(2, engine, 4, 256, gram=True) for engine in ENGINES),
-    *(Point(2, engine, 4, 256, gram=False) for engine in ENGINES),
+    *(Point(layers, engine, 2, gram=False) for layers in (2, 4) for engine in ENGINES),
+    *(Point(2, engine, 2, gram=True) for engine in ENGINES),
+    Point(2, "sweep", 6, gram=True),
+    Point(2, "sweep", 6, gram=False),
 ]
 QUIET_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Freed blocks go back to the system at once, so that the peak is of what was alive."""
@@ -100,7 +100,8 @@ def predict(model: LlamaForCausalLM, point: Point) -> MemoryEstimate:
     return estimate_memory(
         model,
         batches=point.batches,
-        tokens=point.tokens,
+        tokens=point.samples * point.length,
+        samples=point.samples,
         statistics=point.statistics,
         engine=point.engine,
     )
@@ -112,7 +113,7 @@ def measure(point: Point) -> dict[str, Any]:
     model = build("1.7B", point.layers)
     batches = []
     for _ in range(point.batches):
-        ids = torch.randint(SHAPES["1.7B"]["vocab_size"], (1, point.tokens))
+        ids = torch.randint(SHAPES["1.7B"]["vocab_size"], (point.samples, point.length))
         batches.append({"input_ids": ids, "labels": ids.clone()})
     with torch.no_grad():
         model(input_ids=batches[0]["input_ids"][:, :4])  # libraries allocate on the first call
@@ -180,10 +181,11 @@ def table_of_points(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def table_of_models(tokens: int = 2048, batches: int = 16) -> str:
+def table_of_models(samples: int = 4, length: int = 512, batches: int = 16) -> str:
     """What larger models need, by formula, as Markdown."""
     lines = [
-        f"Batches of {tokens} tokens, {batches} of them, weights and activations in bfloat16.",
+        f"Batches of {samples} x {length} tokens, {batches} of them, weights and activations in "
+        "bfloat16.",
         "",
         "| model | weights, GB | hooks | hooks, Gram | sweep | sweep, Gram |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -193,7 +195,7 @@ def table_of_models(tokens: int = 2048, batches: int = 16) -> str:
             model = build(shape).to(torch.bfloat16)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         cells = [
-            f"{predict(model, Point(0, engine, batches, tokens, gram)).total / 1e9:,.0f}"
+            f"{predict(model, Point(0, engine, batches, gram, samples, length)).total / 1e9:,.0f}"
             for engine in ("hooks", "sweep")
             for gram in (False, True)
         ]

@@ -48,6 +48,16 @@ def test_gram_grows_with_batches_and_the_sweep_holds_one_layer() -> None:
     assert sweep.sums == hooks.sums == 0
 
 
+def test_the_sweep_is_compared_on_one_sample() -> None:
+    model = tiny_llama()
+    one, four = (
+        estimate(model, engine="sweep", tokens=40, batches=1, samples=samples) for samples in (1, 4)
+    )
+    assert one.total == one.activations + one.logits
+    assert four.total < one.total
+    assert estimate(model, tokens=40, samples=4) == estimate(model, tokens=40)
+
+
 def test_half_precision_halves_activations_not_sums() -> None:
     wide, half = estimate(), estimate(tiny_llama().to(torch.bfloat16))
     assert half.activations * 2 == wide.activations

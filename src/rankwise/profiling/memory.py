@@ -16,7 +16,8 @@ batches, `(d_in, d_out)` of every target, `h` the hidden size, `V` the vocabular
   projection on them, `8 (3 d_in d_out + 3 k^2)`, whichever is more.
 
 The total is the largest of what lives at one time: a backward pass, its end, a spectrum. The
-checks of the sweep against hooks need the activations of one batch, too.
+sweep is compared with hooks on one sample, which needs the activations and logits of that. Where it
+differentiates the loss in chunks, the logits of a batch are fewer than the formula says.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def estimate_memory(
     *,
     batches: int = 8,
     tokens: int,
+    samples: int = 1,
     statistics: Iterable[str] = (),
     engine: Literal["auto", "hooks", "sweep"] = "auto",
     keep_gradients: bool = False,
@@ -123,6 +125,7 @@ def estimate_memory(
         targets: As for `profile_gradients`, like the rest.
         batches: M; under several workers, one worker's.
         tokens: Tokens of a batch, padding included.
+        samples: Sequences of a batch.
         statistics: What is measured besides the mean.
         engine: `"auto"` as there.
         keep_gradients: Whether gradients are kept in memory; not with `out=`.
@@ -152,7 +155,8 @@ def estimate_memory(
     graph = max(b * tokens * sum(s.rank_cost for s in part) for part in held)
     kept = _sums(every) if keep_gradients else 0
     if sweeps:
-        in_pass = max(activations + logits, inputs + logits, inputs + graph + (gram or sums))
+        compared = (activations + logits) // samples
+        in_pass = max(compared, inputs + logits, inputs + graph + (gram or sums))
         ends = inputs + (gram or sums + staged)
     else:
         inputs = 0

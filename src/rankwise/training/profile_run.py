@@ -74,6 +74,7 @@ def run_profile(
             config.targets,
             batches=-(-settings.batches // workers),
             tokens=settings.batch_size * config.data.max_length,
+            samples=settings.batch_size,
             statistics=settings.statistics,
             engine=settings.engine,
         )

@@ -162,3 +162,32 @@ def test_only_one_layers_gradients_live() -> None:
     assert order[:9] == names + names + names[::-1]
     assert order[9 : 9 + 3 * n] == names * n
     assert order[9 + 3 * n :] == [name for name in names[::-1] for _ in range(n)]
+
+
+def test_the_comparison_with_hooks_takes_one_sample() -> None:
+    model = tiny_llama()
+    batch = token_batch([4, 9, 7])  # the second sample has the most labels
+    seen: list[tuple[int, ...]] = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape))
+    try:
+        profile = profile_gradients(model, [batch], batches=1, engine="sweep", progress=False)
+    finally:
+        handle.remove()
+    assert profile.provenance.engine == "sweep"
+    assert {shape[0] for shape in seen[:-1]} == {1}
+    assert seen[-1][0] == 3
+
+
+def test_an_own_loss_is_compared_on_the_whole_batch() -> None:
+    seen: list[int] = []
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+        seen.append(len(batch["input_ids"]))
+        return model_loss(model, batch)
+
+    batch = token_batch([4, 9, 7])
+    profile_gradients(
+        tiny_llama(), [batch], batches=1, engine="sweep", loss_fn=loss_fn, progress=False
+    )
+    assert set(seen) == {3}

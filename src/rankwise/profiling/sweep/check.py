@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Batch, Job, is_finite, run_forward
 from rankwise.profiling.capture import capture_gradients
+from rankwise.profiling.loss import IGNORED_LABEL, model_loss
 from rankwise.profiling.staging import wide_dtype
 from rankwise.profiling.sweep.head import ChunkedLoss
 from rankwise.profiling.sweep.passes import begin_stack, end_stack, run_layer, run_top
@@ -38,7 +39,9 @@ class Way:
 def checked_way(job: Job, structure: Structure, batches: Sequence[Batch]) -> Way:
     """Compare with hooks on the first batch that has labels and a finite gradient.
 
-    The loss in chunks is tried first, where the model's loss may be done so.
+    Of a batch with the model's own loss one sample is enough: hooks keep the activations of all
+    layers, which would be the most memory that the sweep ever takes. The loss in chunks is tried
+    first, where the model's loss may be done so.
 
     Raises:
         UnsuitableError: The engines disagree, or the sweep cannot run.
@@ -47,7 +50,7 @@ def checked_way(job: Job, structure: Structure, batches: Sequence[Batch]) -> Way
     for index, batch in enumerate(batches):
         start.restore()
         try:
-            way = _compare(job, structure, batch, index)
+            way = _compare(job, structure, _one_sample(job, batch), index)
         except (ProfileError, UnsuitableError):
             raise
         except Exception as error:
@@ -57,6 +60,18 @@ def checked_way(job: Job, structure: Structure, batches: Sequence[Batch]) -> Way
             return way
     start.restore()
     return Way(structure, None)
+
+
+def _one_sample(job: Job, batch: Batch) -> Batch:
+    """The sample with the most labels, where the loss is known to allow one alone."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if job.loss_fn is not model_loss or not isinstance(labels, Tensor) or not labels.ndim:
+        return batch
+    if any(not isinstance(v, Tensor) or v.shape[:1] != labels.shape[:1] for v in batch.values()):
+        return batch
+    labelled = (labels != IGNORED_LABEL).reshape(len(labels), -1).sum(1)
+    best = int(labelled.argmax()) if len(labels) else 0
+    return {key: value[best : best + 1] for key, value in batch.items()}
 
 
 def _compare(job: Job, structure: Structure, batch: Batch, index: int) -> Way | None:
