@@ -67,7 +67,7 @@ def profile(base_folder: Path) -> GradientProfile:
 
 @pytest.fixture(scope="module")
 def gard(profile: GradientProfile) -> Compose:
-    return Compose(r=16, statistic="gram", score="energy-rank")
+    return Compose(r=16, statistic="gram", estimator="energy")
 
 
 def test_a_gard_plan_with_lr_lora_in_place_of_lora(
@@ -90,7 +90,7 @@ def test_a_gard_plan_with_lr_lora_in_place_of_lora(
 def test_a_plan_of_its_own_kind_is_saved_loaded_and_trained(
     base: nn.Module, profile: GradientProfile, tmp_path: Path
 ) -> None:
-    method = Compose(r=16, statistic="gram", score="energy-rank", adapter="lr-lora")
+    method = Compose(r=16, statistic="gram", estimator="energy", adapter="lr-lora")
     path = tmp_path / "plan.json"
     method.plan(profile).save(path)
     plan = RankPlan.load(path)
