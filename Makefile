@@ -31,7 +31,7 @@ conformance: .venv/.dev-stamp  ## Run PEFT's own tests on our adapters; they mus
 bench: .venv/.dev-stamp  ## Measure speed against the targets; writes benchmarks/results.json.
 	$(PY) -m benchmarks
 
-bench-quick: .venv/.dev-stamp  ## The same, fewer and smaller.
+bench-quick: .venv/.dev-stamp  ## The same, fewer and smaller; writes nothing.
 	$(PY) -m benchmarks --quick
 
 lint: .venv/.dev-stamp  ## Check style and formatting.

@@ -1,23 +1,39 @@
-"""`python -m benchmarks [--quick]`: measure, print a table, write benchmarks/results.json."""
+"""`python -m benchmarks [--quick] [NAME...]`: measure and print a table.
+
+Names are modules of this package; without any, all of them are measured. A full benchmark writes
+what it found to `benchmarks/results.json`.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
 from benchmarks import adapters, dynamic, gradients, lr_lora, planning, smollm2, spectra
-from benchmarks.timing import write
+from benchmarks.timing import table, write
 
-MODULES = (spectra, planning, gradients, adapters, smollm2, lr_lora, dynamic)
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (spectra, planning, gradients, adapters, smollm2, lr_lora, dynamic)
+}
 
 
 def main() -> None:
-    """Run every benchmark; --quick takes fewer and smaller ones."""
-    quick = "--quick" in sys.argv[1:]
-    torch.manual_seed(0)
-    rows = [row for module in MODULES for row in module.measure(quick=quick)]
-    print(write(rows, "make bench-quick" if quick else "make bench"))
+    """Run the benchmarks that are asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller ones")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
+    chosen = parser.parse_args()
+    unknown = set(chosen.names) - set(MODULES)
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(MODULES)}")
+    for name in chosen.names or MODULES:
+        torch.manual_seed(0)
+        rows = MODULES[name].measure(quick=chosen.quick)
+        if not chosen.quick:
+            write(rows, f"python -m benchmarks {name}")
+        print(table(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,11 @@ def interleaved(runs: int, **candidates: Callable[[], object]) -> dict[str, floa
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def write(rows: list[Row], command: str) -> str:
-    """Save the rows to `benchmarks/results.json`; returns them as a table."""
+def write(rows: list[Row], command: str) -> None:
+    """Put the rows into `benchmarks/results.json`.
+
+    Rows of other names stay as they were measured last, with their own commit and date.
+    """
     facts = {
         "command": command,
         "machine": hardware(),
@@ -54,7 +57,14 @@ def write(rows: list[Row], command: str) -> str:
         "commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    RESULTS.write_text(json.dumps([asdict(row) | facts for row in rows], indent=2) + "\n")
+    new = {row.name: asdict(row) | facts for row in rows}
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    kept = [entry for entry in old if entry["name"] not in new]
+    RESULTS.write_text(json.dumps([*kept, *new.values()], indent=2) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
     answers = {None: "", True: "yes", False: "NO"}
     cells = [
         (row.name, f"{row.value:.3g}", row.unit, row.target or "", answers[row.holds])
