@@ -18,7 +18,7 @@ from rankwise.errors import ProfileError
 from rankwise.profiling import BatchLoss, GradientProfile, reduce
 from rankwise.profiling.staging import TOKEN_SPACE, GradientSum, TokenGradient, dense
 from rankwise.profiling.statistics import StreamingStatistics, sensitivity
-from rankwise.spectra import effective_rank, triangular_factor
+from rankwise.spectra import effective_rank, token_gram
 
 D_IN, D_OUT = 16, 20
 uses_of_a_batch = st.lists(st.integers(1, 7), max_size=3)
@@ -134,9 +134,9 @@ def test_shared_input_is_factored_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(x: Tensor) -> Tensor:
         calls.append(x.shape[1])
-        return triangular_factor(x)
+        return token_gram(x)
 
-    monkeypatch.setattr(reduce, "triangular_factor", counted)
+    monkeypatch.setattr(reduce, "token_gram", counted)
     profile_of(Branching(), [4, 5])
     assert calls == [D_IN, D_OUT]
 

@@ -18,7 +18,7 @@ from rankwise.profiling.parallel import map_in_order
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
 from rankwise.profiling.staging import TokenGradient
 from rankwise.profiling.statistics import ModuleResult, sensitivity
-from rankwise.spectra import singular_values, triangular_factor
+from rankwise.spectra import singular_values, token_gram
 from rankwise.targets import linear_weight
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Found:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._triangle = _LastTriangle()
+        self._gram_of_inputs = _LastTokenGram()
         self.modules: dict[str, ModuleStatistics] = {}
         self.spectra: dict[str, Tensor] = {}
         self.gram: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class Found:
             gradient = torch.zeros(shape.d_out, shape.d_in)
         try:
             if isinstance(gradient, TokenGradient):
-                spectrum = gradient.singular_values(self._triangle.of(gradient.inputs))
+                spectrum = gradient.singular_values(self._gram_of_inputs.of(gradient.inputs))
             else:
                 spectrum = singular_values(gradient)
         except ProfileError as error:
@@ -118,21 +118,21 @@ class Found:
         )
 
 
-class _LastTriangle:
-    """The triangular factor of the last inputs: q, k and v, or gate and up, follow each other."""
+class _LastTokenGram:
+    """The Gram matrix of the last inputs' tokens: q, k and v, or gate and up, follow each other."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._inputs: tuple[Tensor, ...] = ()
-        self._triangle = torch.empty(0, 0)
+        self._gram_of_inputs = torch.empty(0, 0)
 
     def of(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The factor of the inputs, one below the other."""
+        """Of the inputs, one below the other."""
         with self._lock:
             same = len(inputs) == len(self._inputs)
             if not (same and all(map(operator.is_, inputs, self._inputs))):
-                self._inputs, self._triangle = inputs, triangular_factor(torch.cat(inputs))
-            return self._triangle
+                self._inputs, self._gram_of_inputs = inputs, token_gram(torch.cat(inputs))
+            return self._gram_of_inputs
 
 
 def _in_order(arrays: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor] | None:

@@ -132,13 +132,11 @@ class TokenGradient:
         """The gradient as a matrix."""
         return self.rows(0, self.shape[0])
 
-    def singular_values(
-        self, x_triangle: Float[Tensor, "k_in t"] | None = None
-    ) -> Float[Tensor, " k"]:
+    def singular_values(self, x_gram: Float[Tensor, "t t"] | None = None) -> Float[Tensor, " k"]:
         """Of the gradient: see `token_singular_values`."""
         x = torch.cat(self.inputs)
         g = torch.cat([g.to(wide_dtype(g.dtype)) * weight for _, g, weight in self.uses])
-        return token_singular_values(x, g, x_triangle=x_triangle)
+        return token_singular_values(x, g, x_gram=x_gram)
 
 
 MeanGradient = Tensor | TokenGradient

@@ -3,9 +3,9 @@
 from rankwise.spectra.decompose import (
     gram_eigenvalues,
     singular_values,
+    token_gram,
     token_singular_values,
     top_singular,
-    triangular_factor,
 )
 from rankwise.spectra.estimators import (
     effective_rank,
@@ -25,7 +25,7 @@ __all__ = [
     "singular_values",
     "stable_rank",
     "threshold_rank",
+    "token_gram",
     "token_singular_values",
     "top_singular",
-    "triangular_factor",
 ]

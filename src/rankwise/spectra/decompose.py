@@ -26,6 +26,9 @@ _ROUNDING = 2e-15
 """Error of an eigenvalue of a Gram matrix as a part of the largest: ten units of rounding."""
 _ALLOWED = 1e-7
 """Relative error of the effective rank that the rounding of eigenvalues may cause."""
+_ALLOWED_FROM_TOKENS = 1e-6
+"""The same where a more exact way costs ten times as much."""
+_SMALLEST = 1e-200
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +67,20 @@ def token_singular_values(
     x: Float[Tensor, "t d_in"],
     g: Float[Tensor, "t d_out"],
     *,
-    x_triangle: Float[Tensor, "k_in t"] | None = None,
+    x_gram: Float[Tensor, "t t"] | None = None,
 ) -> Float[Tensor, " k"]:
     """Singular values of `G = g' x` without forming G, whose rank is T at most.
 
-    With `x' = Q_x R_x` and `g' = Q_g R_g`, G has the singular values of `R_g R_x'`, of T x T, all
-    in fp64. It costs `O(T^2 d)` and is worth it up to about T = 0.75 min(d_in, d_out); it is right
-    for any T. A Cholesky factor of `x x'` would be cheaper, but squares the condition number.
+    With `g g' = R R'`, the squares of G's singular values are the eigenvalues of `R' (x x') R`, all
+    of T x T in fp64, for `O(T^2 d)`. A bound says what their rounding can do to the effective rank;
+    where that is more than 1e-6, as with many tokens alike, the two factors are decomposed instead:
+    with `x' = Q_x R_x` and `g' = Q_g R_g`, G has the singular values of `R_g R_x'`. Worth it up to
+    about T = 0.75 min(d_in, d_out), and right for any T.
 
     Args:
         x: Inputs of a layer, one row a token.
         g: Gradients of its outputs.
-        x_triangle: `triangular_factor(x)`, where several layers share x.
+        x_gram: `token_gram(x)`, where several layers share x.
 
     Returns:
         `min(d_in, d_out)` values in fp64 on the CPU, largest first, zeros from T on.
@@ -88,13 +93,40 @@ def token_singular_values(
         >>> [round(value, 9) for value in token_singular_values(x, g).tolist()]
         [6.0, 0.0]
     """
-    r_x = triangular_factor(x) if x_triangle is None else x_triangle
-    values = singular_values(triangular_factor(g) @ r_x.T)
-    return torch.nn.functional.pad(values, (0, min(x.shape[1], g.shape[1]) - len(values)))
+    values = _from_token_grams(token_gram(x) if x_gram is None else x_gram, token_gram(g))
+    if values is None:
+        values = singular_values(_triangle(g) @ _triangle(x).T)
+    most = min(x.shape[1], g.shape[1])
+    return torch.nn.functional.pad(values[:most], (0, max(most - len(values), 0)))
 
 
-def triangular_factor(x: Float[Tensor, "t d"]) -> Float[Tensor, "k t"]:
-    """The R of `x' = Q R` in fp64, `k = min(t, d)`: shared by all products of one x."""
+def token_gram(x: Float[Tensor, "t d"]) -> Float[Tensor, "t t"]:
+    """`x x'` in fp64: shared by all products of one x."""
+    wide = _fp64(x)
+    return wide @ wide.T
+
+
+def _from_token_grams(x: Float[Tensor, "t t"], g: Float[Tensor, "t t"]) -> Tensor | None:
+    """Singular values from the Gram matrices of the tokens; None where rounding could show."""
+    largest_x, largest_g = (float(gram.diagonal().sum()) for gram in (x, g))
+    if not (_SMALLEST < largest_x < 1 / _SMALLEST and _SMALLEST < largest_g < 1 / _SMALLEST):
+        return None  # zero, not finite, or out of fp64's comfortable range
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(g / largest_g)
+        root = vectors * eigenvalues.clamp_min(0).sqrt()
+        product = root.T @ (x / largest_x) @ root
+        squares = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0)
+    except torch.linalg.LinAlgError:
+        return None
+    top = float(squares[-1])
+    # the traces bound the largest eigenvalues, on which the rounding of the products depends
+    if not top or _erank_error(squares / top, _ROUNDING / top) > _ALLOWED_FROM_TOKENS:
+        return None
+    return (squares.sqrt() * math.sqrt(largest_x) * math.sqrt(largest_g)).flip(0).cpu()
+
+
+def _triangle(x: Float[Tensor, "t d"]) -> Float[Tensor, "k t"]:
+    """The R of `x' = Q R` in fp64; a Cholesky factor of `x x'` would lose half the digits."""
     return torch.linalg.qr(_fp64(x).T, mode="r").R
 
 
@@ -198,19 +230,24 @@ def _gram_lower(tall: Float[Tensor, "rows cols"], scale: float) -> Float[Tensor,
 
 
 def _rounding_shows(squares: Float[Tensor, " k"]) -> bool:
-    """Whether the rounding of eigenvalues can be seen in the values or in the effective rank.
-
-    An error e of `sigma_i^2` moves `sigma_i` by `e / (2 sigma_i)`, and that the logarithm of the
-    effective rank by `|log p_i + H| / sum_j sigma_j` times as much; all are taken to add up.
-    """
+    """Whether the rounding of eigenvalues can be seen in the values or in the effective rank."""
     squares = squares / squares[-1]
-    if float(squares[0]) < _NOISE:
-        return True
+    return float(squares[0]) < _NOISE or _erank_error(squares, _ROUNDING) > _ALLOWED
+
+
+def _erank_error(squares: Float[Tensor, " k"], rounding: float) -> float:
+    """Bound of the effective rank's relative error if each square is off by `rounding`.
+
+    An error e of `sigma_i^2` moves `sigma_i` by `e / (2 sigma_i)`, at most `sqrt(e)`, and that the
+    logarithm of the effective rank by `|log p_i + H| / sum_j sigma_j` times as much; all are taken
+    to add up. The squares are parts of the largest.
+    """
     values = squares.sqrt()
+    moved = (rounding / (2 * values)).clamp_max(math.sqrt(rounding))
     p = values / values.sum()
     entropy = torch.special.entr(p).sum()
-    moved = _ROUNDING / (2 * values)
-    return float(((p.log() + entropy).abs() * moved).sum() / values.sum()) > _ALLOWED
+    steepness = (p.clamp_min(moved / values.sum()).log() + entropy).abs()
+    return float((steepness * moved).sum() / values.sum())
 
 
 def _eigenvalues(lower: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
