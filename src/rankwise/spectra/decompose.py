@@ -29,6 +29,8 @@ _ALLOWED = 1e-7
 _ALLOWED_FROM_TOKENS = 1e-6
 """The same where a more exact way costs ten times as much."""
 _SMALLEST = 1e-200
+_FEW = 0.25
+"""Tokens as a part of the smaller side below which their Gram matrices are cheaper than QR."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +73,11 @@ def token_singular_values(
 ) -> Float[Tensor, " k"]:
     """Singular values of `G = g' x` without forming G, whose rank is T at most.
 
-    With `g g' = R R'`, the squares of G's singular values are the eigenvalues of `R' (x x') R`, all
-    of T x T in fp64, for `O(T^2 d)`. A bound says what their rounding can do to the effective rank;
-    where that is more than 1e-6, as with many tokens alike, the two factors are decomposed instead:
-    with `x' = Q_x R_x` and `g' = Q_g R_g`, G has the singular values of `R_g R_x'`. Worth it up to
-    about T = 0.75 min(d_in, d_out), and right for any T.
+    With `x' = Q_x R_x` and `g' = Q_g R_g`, G has the singular values of `R_g R_x'`, in fp64. Below
+    T = min(d_in, d_out) / 4 the two Gram matrices of the tokens do for less: with `g g' = L L'` the
+    squares of the values are the eigenvalues of `L' (x x') L`, of T x T. A bound says what their
+    rounding can do to the effective rank; where that is more than 1e-6, as with many tokens alike,
+    they are not used. Worth it up to about T = 0.75 min(d_in, d_out), and right for any T.
 
     Args:
         x: Inputs of a layer, one row a token.
@@ -93,10 +95,12 @@ def token_singular_values(
         >>> [round(value, 9) for value in token_singular_values(x, g).tolist()]
         [6.0, 0.0]
     """
-    values = _from_token_grams(token_gram(x) if x_gram is None else x_gram, token_gram(g))
+    most = min(x.shape[1], g.shape[1])
+    values = None
+    if len(x) < _FEW * most:
+        values = _from_token_grams(token_gram(x) if x_gram is None else x_gram, token_gram(g))
     if values is None:
         values = singular_values(_triangle(g) @ _triangle(x).T)
-    most = min(x.shape[1], g.shape[1])
     return torch.nn.functional.pad(values[:most], (0, max(most - len(values), 0)))
 
 
@@ -112,8 +116,10 @@ def _from_token_grams(x: Float[Tensor, "t t"], g: Float[Tensor, "t t"]) -> Tenso
     if not (_SMALLEST < largest_x < 1 / _SMALLEST and _SMALLEST < largest_g < 1 / _SMALLEST):
         return None  # zero, not finite, or out of fp64's comfortable range
     try:
-        eigenvalues, vectors = torch.linalg.eigh(g / largest_g)
-        root = vectors * eigenvalues.clamp_min(0).sqrt()
+        root, failed = torch.linalg.cholesky_ex(g / largest_g)
+        if int(failed):  # tokens that depend on each other, or have no gradient
+            eigenvalues, vectors = torch.linalg.eigh(g / largest_g)
+            root = vectors * eigenvalues.clamp_min(0).sqrt()
         product = root.T @ (x / largest_x) @ root
         squares = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0)
     except torch.linalg.LinAlgError:
