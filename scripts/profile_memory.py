@@ -78,7 +78,12 @@ class Point:
 
 ENGINES: tuple[Engine, ...] = ("hooks", "sweep")
 POINTS = [
-    *(Point(layers, engine, 2, gram=False) for layers in (2, 4) for engine in ENGINES),
+    *(
+        Point(layers, engine, batches, gram=False)
+        for batches in (2, 4)
+        for layers in (2, 4)
+        for engine in ENGINES
+    ),
     *(Point(2, engine, 2, gram=True) for engine in ENGINES),
     Point(2, "sweep", 6, gram=True),
     Point(2, "sweep", 6, gram=False),
