@@ -26,8 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_FILES = ("tests/test_custom_models.py", "tests/test_config.py")
-MINIMUM = 800
-"""Tests that must have passed: 826 do with PEFT 0.21.2; far fewer means PEFT's tables moved."""
+MINIMUM = 1750
+"""Tests that must have passed: 1,871 do with PEFT 0.21.2; far fewer means PEFT's tables moved."""
 FAULTS = ("unmerge", "forget-b")
 
 

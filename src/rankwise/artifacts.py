@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rankwise.errors import FileError
 from rankwise.files import read_text
@@ -87,3 +87,19 @@ def load_run(folder: Path) -> SavedRun:
         plan=RankPlan.load(plan) if plan.is_file() else None,
         profile=GradientProfile.load(profile) if (profile / PROFILE_FILE).is_file() else None,
     )
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved adapter, as plain values.
+
+    Raises:
+        FileError: It is missing, or no JSON object.
+    """
+    path = folder / ADAPTER_CONFIG_FILE
+    try:
+        config = json.loads(read_text(path, "adapter configuration"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"adapter configuration {path}: is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise FileError(f"adapter configuration {path}: must hold keys and values.")
+    return config

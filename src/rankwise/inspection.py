@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rankwise.artifacts import ADAPTER_CONFIG_FILE, PLAN_FILE, RECORD_FILE, recognise
+from rankwise.artifacts import PLAN_FILE, RECORD_FILE, read_adapter_config, recognise
 from rankwise.errors import FileError
-from rankwise.files import read_text
 from rankwise.plan import RankPlan
 from rankwise.profile_tables import compare_profiles, profile_table
 from rankwise.profiling import GradientProfile
@@ -79,7 +76,7 @@ def _describe_record(record: RunRecord) -> str:
 
 
 def _describe_adapter(folder: Path) -> str:
-    config = _read_config(folder / ADAPTER_CONFIG_FILE)
+    config = read_adapter_config(folder)
     shapes = _tensor_shapes(folder / _ADAPTER_WEIGHTS)
     cells: dict[str, str] = {}
     total = 0
@@ -91,6 +88,8 @@ def _describe_adapter(folder: Path) -> str:
         module = name.removeprefix("base_model.model.")
         if ".ralora_A" in module and len(shape) == 3:
             cells[module.split(".ralora_A")[0]] = f"r={shape[1]} n={shape[0]}"
+        elif ".lrlora_A" in module and len(shape) == 2:
+            cells[module.split(".lrlora_A")[0]] = f"r={shape[0]}"
         elif ".lora_A" in module and len(shape) == 2:
             cells[module.split(".lora_A")[0]] = f"r={shape[0]}"
     kind = str(config.get("peft_type", "unknown")).lower()
@@ -100,16 +99,6 @@ def _describe_adapter(folder: Path) -> str:
         title=f"{kind} adapter for {base}",
         caption=f"{len(cells)} modules, {total:,} parameters",
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_text(path, "adapter configuration"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"adapter configuration {path}: is not valid JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise FileError(f"adapter configuration {path}: must hold keys and values.")
-    return config
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,6 +19,15 @@ from torch import Tensor, nn
 
 from rankwise.adapters.delta import DeltaLayer, DeltaModel
 from rankwise.adapters.fused import add_update, drops, frozen_linear, linear_with_update
+from rankwise.adapters.options import (
+    check_choice,
+    check_dropout,
+    check_pattern_keys,
+    check_positive,
+    check_targets,
+    check_whole,
+    longest_match,
+)
 from rankwise.adapters.registration import peft_type
 from rankwise.adapters.scaling import BlockScaling, FanIn, RankScaling, update_scaling
 from rankwise.allocation import dividing_blocks
@@ -87,48 +94,29 @@ class RaLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("ralora")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
-            )
+        check_targets(self)
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        _check_rank("r", self.r)
+        check_whole("r", self.r)
         _check_blocks("blocks", self.blocks)
-        for option, check in (("rank_pattern", _check_rank), ("blocks_pattern", _check_blocks)):
-            for key, value in getattr(self, option).items():
-                if not re.fullmatch(r"[\w.\-]+", key):
-                    raise ValueError(
-                        f"{option} key {key!r} must be a module name or the end of one, literally: "
-                        "letters, digits, '_', '-' and '.'."
-                    )
+        for option, check in (("rank_pattern", check_whole), ("blocks_pattern", _check_blocks)):
+            pattern = getattr(self, option)
+            check_pattern_keys(option, pattern)
+            for key, value in pattern.items():
                 check(f"{option}[{key!r}]", value)
-        if not (_is_finite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r} must be a positive number.")
-        if not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must be a number in [0, 1).")
+        check_positive("alpha", self.alpha)
+        check_dropout(self.dropout)
         for option, choices in _CHOICES.items():
-            value = getattr(self, option)
-            if not isinstance(value, str) or value not in choices:
-                allowed = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
-                raise ValueError(f"{option}={value!r} must be {allowed}.")
+            check_choice(option, getattr(self, option), choices)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's blocks."""
-        return _longest_match(self.rank_pattern, module, self.r)
+        return longest_match(self.rank_pattern, module, self.r)
 
     def blocks_of(self, module: str, d_in: int, d_out: int) -> int:
         """The number of a module's blocks, lowered to what divides its dimensions."""
-        wanted = _longest_match(self.blocks_pattern, module, self.blocks)
+        wanted = longest_match(self.blocks_pattern, module, self.blocks)
         blocks = dividing_blocks(wanted, d_in, d_out)
         if blocks != wanted:
             logger.info(
@@ -271,23 +259,8 @@ class RaLoraModel(DeltaModel):
     tuner_layer_cls = RaLoraLinear
 
 
-def _longest_match(pattern: Mapping[str, int], module: str, default: int) -> int:
-    matches = [key for key in pattern if module == key or module.endswith("." + key)]
-    return pattern[max(matches, key=len)] if matches else default
-
-
-def _is_finite(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _check_rank(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-
-
 def _check_blocks(name: str, value: object) -> None:
-    _check_rank(name, value)
+    check_whole(name, value)
     assert isinstance(value, int)
     if value & (value - 1):
         raise ValueError(f"{name}={value!r} must be a power of two (1, 2, 4, 8, ...).")

@@ -48,7 +48,7 @@ def check_positive(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not on the list."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         choices = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
         raise ValueError(f"{name}={value!r} must be {choices}.")
 

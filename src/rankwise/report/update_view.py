@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,9 @@ from jaxtyping import Float
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from rankwise.artifacts import ADAPTER_CONFIG_FILE
+from rankwise.artifacts import read_adapter_config
 from rankwise.errors import FileError
-from rankwise.files import read_tensors, read_text
+from rankwise.files import read_tensors
 from rankwise.report.sampling import POINTS, places, sampled
 from rankwise.report.views import ModuleUpdate, UpdateView
 from rankwise.spectra import effective_rank, stable_rank
@@ -36,7 +35,7 @@ def view_of_adapter(folder: Path, order: Sequence[str] = ()) -> UpdateView:
     Raises:
         FileError: A file is missing, malformed or not finite, or the update is not `s B A`.
     """
-    config = _read_config(folder / ADAPTER_CONFIG_FILE)
+    config = read_adapter_config(folder)
     kind = str(config.get("peft_type", "")).lower()
     scaling = _scaling(config, kind, folder)
     tensors = read_tensors(folder / WEIGHTS_FILE, "adapter weights")
@@ -170,13 +169,3 @@ def _without_folders(base: str) -> str:
     """A hub id as it is; of a path of somebody's machine only the last part."""
     local = base.startswith(("/", ".", "~")) or "\\" in base or base[1:2] == ":"
     return PurePath(base.replace("\\", "/")).name if local else base
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_text(path, "adapter configuration"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"adapter configuration {path}: is not valid JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise FileError(f"adapter configuration {path}: must hold keys and values.")
-    return config
