@@ -39,6 +39,9 @@ RUNS = {0: 128, 1: 16}
 """Seed of the draw -> batches; the first also measures convergence and Fisher information."""
 TEXTS = {"gsm8k": "GSM8K", "code": "source code", "cola": "CoLA"}
 THRESHOLDS = (1e-1, 1e-3, 1e-5)
+LONG = "gsm8k-long"
+LONG_BATCHES = 512
+"""One text is measured for much longer, for its convergence alone."""
 
 
 def measure(gsm8k: Path, cola: Path, out: Path) -> None:
@@ -46,10 +49,14 @@ def measure(gsm8k: Path, cola: Path, out: Path) -> None:
     folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for (text, file), (seed, batches) in itertools.product(
-        _files(gsm8k, cola, out).items(), RUNS.items()
-    ):
-        target = out / f"{text}-{seed}"
+    files = _files(gsm8k, cola, out)
+    todo = [
+        (f"{text}-{seed}", file, seed, batches, ["mean"] if seed else ["convergence", "fisher"])
+        for (text, file), (seed, batches) in itertools.product(files.items(), RUNS.items())
+    ]
+    todo.append((LONG, files["gsm8k"], 0, LONG_BATCHES, ["convergence"]))
+    for name, file, seed, batches, statistics in todo:
+        target = out / name
         if target.exists():
             continue
         data = DataConfig(train=str(file), max_length=LENGTH, packing=True)
@@ -64,13 +71,9 @@ def measure(gsm8k: Path, cola: Path, out: Path) -> None:
             return result
 
         profile = rw.profile_gradients(
-            model,
-            loader,
-            batches=batches,
-            loss_fn=loss_fn,
-            statistics=["mean"] if seed else ["mean", "convergence", "fisher"],
+            model, loader, batches=batches, loss_fn=loss_fn, statistics=statistics
         )
-        (out / f"{text}-{seed}.json").write_text(json.dumps({"loss": float(np.mean(losses))}))
+        target.with_suffix(".json").write_text(json.dumps({"loss": float(np.mean(losses))}))
         profile.save(target)
         print(f"{target}: {profile.provenance.seconds:.0f} s, loss {np.mean(losses):.3f}")
 
@@ -126,7 +129,9 @@ def tables(folder: Path, csv_file: Path | None) -> None:
     _by_text(runs)
     _by_kind(first)
     _by_depth(first)
-    _by_batches(first)
+    _by_batches("Convergence", first)
+    if (folder / LONG).exists():
+        _by_batches("Longer", {"gsm8k": Run(folder / LONG)})
     _estimators(first)
     _fisher(first)
     if csv_file is not None:
@@ -193,9 +198,9 @@ def _by_depth(first: Mapping[str, Run]) -> None:
         _row(TEXTS[text], *thirds, int(np.argmax(layers)), int(np.argmin(layers)))
 
 
-def _by_batches(first: Mapping[str, Run]) -> None:
+def _by_batches(title: str, first: Mapping[str, Run]) -> None:
     counts = next(iter(first.values())).profile.convergence_batches
-    _heading("Convergence: mean GID after N batches, and its Spearman correlation with the last")
+    _heading(f"{title}: mean GID after N batches, and its Spearman correlation with the last")
     _header("text", *(f"N = {n}" for n in counts))
     for text, run in first.items():
         assert run.profile.convergence is not None
