@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,12 @@ from hypothesis import strategies as st
 from torch.optim import AdamW
 
 from rankwise.errors import ConfigError
-from rankwise.experiments.baselines import BASELINES, NOT_AVAILABLE, find_baseline
+from rankwise.experiments.baselines import (
+    BASELINES,
+    NOT_AVAILABLE,
+    find_baseline,
+    full_fine_tuning,
+)
 from rankwise.experiments.sizing import Job
 from rankwise.targets import LinearShape, find_targets
 from tiny_models import tiny_llama
@@ -135,3 +141,12 @@ def test_sizes_are_printed():
     assert "size 3-4" in str(size)
     assert size.matched
     assert math.isclose(size.parameters, _job().budget, rel_tol=0.02)
+
+
+def test_full_fine_tuning_trains_the_targets_and_what_is_kept():
+    job = replace(_job(), keep=("lm_head",))
+    model = full_fine_tuning(job).model
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"{target}.weight" for target in job.targets} | {"lm_head.weight"}
+    model(**job.batches[0]).loss.backward()
+    assert all(p.grad is not None for p in _trainable(model))

@@ -24,6 +24,7 @@ from rankwise.adapters.options import (
     check_dropout,
     check_pattern_keys,
     check_positive,
+    check_rank_fits,
     check_targets,
     check_whole,
     longest_match,
@@ -163,11 +164,7 @@ class RaLoraLinear(DeltaLayer):
             ValueError: The rank exceeds the layer's smaller dimension.
         """
         r = config.rank_of(module)
-        if r > min(self.in_features, self.out_features):
-            raise ValueError(
-                f"rank {r} of {module} exceeds its smaller dimension "
-                f"{min(self.in_features, self.out_features)}; lower r or leave the module out."
-            )
+        check_rank_fits(r, module, self.in_features, self.out_features)
         n = config.blocks_of(module, self.in_features, self.out_features)
         self.r[adapter], self.blocks[adapter] = r, n
         self.scaling[adapter] = update_scaling(

@@ -199,11 +199,7 @@ class LrLoraLinear(DeltaLayer):
             ValueError: The rank exceeds the layer's smaller dimension.
         """
         r = config.rank_of(module)
-        if r > min(self.in_features, self.out_features):
-            raise ValueError(
-                f"rank {r} of {module} exceeds its smaller dimension "
-                f"{min(self.in_features, self.out_features)}; lower r or leave the module out."
-            )
+        options.check_rank_fits(r, module, self.in_features, self.out_features)
         sine = config.basis == "sine"
         self.r[adapter] = r
         self.scaling[adapter] = config.scaling / (math.sqrt(self.in_features) if sine else 1)

@@ -40,6 +40,15 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
 
+def check_rank_fits(r: int, module: str, d_in: int, d_out: int) -> None:
+    """Refuse a rank that no update of the layer can have."""
+    if r > min(d_in, d_out):
+        raise ValueError(
+            f"rank {r} of {module} exceeds its smaller dimension {min(d_in, d_out)}; lower r or "
+            "leave the module out."
+        )
+
+
 def check_positive(name: str, value: object) -> None:
     """Refuse anything but a finite number above 0."""
     if not (is_finite(value) and value > 0):  # type: ignore[operator]

@@ -115,11 +115,11 @@ class Basis(ABC):
 
     def reach(self, f: Transfer, radius: float) -> float:
         """The range `[-radius, radius]` in units of the fastest function: radians, for most."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is expanded piece by piece")
 
     def log_bound(self, j: int, reach: float, functions: int) -> float:
         """Logarithm of a bound on the j-th Chebyshev coefficient of every basis function."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is expanded piece by piece")
 
 
 class Local(Basis):
