@@ -31,9 +31,9 @@ def main() -> None:
     for name in chosen.names or MODULES:
         torch.manual_seed(0)
         rows = MODULES[name].measure(quick=chosen.quick)
+        print(table(rows), flush=True)
         if not chosen.quick:
             write(rows, f"python -m benchmarks {name}")
-        print(table(rows), flush=True)
 
 
 if __name__ == "__main__":

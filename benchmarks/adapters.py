@@ -71,10 +71,12 @@ def measure_steps(
     for key, label, limit in limits:
         title = f"SmolLM2 {label} step, {tokens}"
         rows.append(
-            at_most(title, seconds[key] / seconds["peft"], limit, "of PEFT's LoRA step's time")
+            at_most(f"{title}, time", seconds[key] / seconds["peft"], limit, "of PEFT's LoRA step")
         )
         rows.append(
-            at_most(title, memory[key] / memory["peft"], limit, "of PEFT's LoRA step's peak memory")
+            at_most(
+                f"{title}, peak memory", memory[key] / memory["peft"], limit, "of PEFT's LoRA step"
+            )
         )
     rows.append(Row(f"SmolLM2 step with PEFT's LoRA, {tokens}", seconds["peft"], "s"))
     rows.append(

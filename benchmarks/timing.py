@@ -58,6 +58,8 @@ def write(rows: list[Row], command: str) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     new = {row.name: asdict(row) | facts for row in rows}
+    if len(new) < len(rows):
+        raise ValueError("two rows have one name, of which only the last would be kept")
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     kept = [entry for entry in old if entry["name"] not in new]
     RESULTS.write_text(json.dumps([*kept, *new.values()], indent=2) + "\n")
