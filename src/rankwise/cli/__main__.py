@@ -1,0 +1,5 @@
+"""`python -m rankwise.cli`, which torchrun needs."""
+
+from rankwise.cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""Commands that measure and decide: profile, plan, diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.app import COLUMN_HELP, stderr, stdout
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="A local transformers folder, or a hub id.")],
+    data: Annotated[
+        str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a hub data set id.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the profile.")],
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="'all-linear', a regular expression, or names separated by commas (q_proj,v_proj)."
+        ),
+    ] = "all-linear",
+    batches: Annotated[int, typer.Option(help="Batches to average.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens in a sequence.", min=2)] = 512,
+    packing: Annotated[
+        bool, typer.Option(help="Join texts and cut them into full sequences.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="More to measure, separated by commas: gram (for gard), fisher, convergence."
+        ),
+    ] = "",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="hooks, sweep (layer by layer: less memory, more time) or auto, which chooses."
+        ),
+    ] = "auto",
+    keep_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--keep-gradients",
+            help="Save the mean gradients as well, 4 bytes a weight; merging profiles needs them.",
+        ),
+    ] = False,
+    column: Annotated[str, typer.Option(help=COLUMN_HELP)] = "gid",
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="An earlier profile of the same modules, to hold the new one against."),
+    ] = None,
+) -> None:
+    """Measure the gradients of every layer on your data, without training.
+
+    Says how much memory that will take, prints one number of each layer, by default its gradient
+    intrinsic dimensionality (GID), and saves the profile, from which any number of plans can be
+    made. To divide the batches among processes:
+
+        torchrun --nproc-per-node=2 -m rankwise.cli profile ...
+    """
+    from rankwise.profile_tables import check_column
+    from rankwise.training.config import validate
+    from rankwise.training.profile_run import ProfileSettings, run_profile
+
+    check_column(column)
+    config = validate(
+        {
+            "model": model,
+            "output": str(out),
+            "targets": _targets(targets),
+            "dtype": dtype,
+            "seed": seed,
+            "data": {"train": data, "max_length": max_length, "packing": packing},
+        },
+        "profile",
+    )
+    settings = ProfileSettings(
+        batches=batches,
+        batch_size=batch_size,
+        statistics=tuple(filter(None, statistics.split(","))),  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
+        keep_gradients=keep_gradients,
+        column=column,
+        compare=compare,
+    )
+    shown = run_profile(config, settings, notify=stderr.print)
+    if shown is not None:
+        stdout.print(shown)
+        stderr.print(f"profile saved to {out}; next: rankwise plan {out}")
+
+
+def plan(
+    profile: Annotated[Path, typer.Argument(help="A folder that `rankwise profile` wrote.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Options of the method, such as r=8 r_min=0 budget=2.4M, budget=0.5%, "
+            "'budget=10MB bf16', around=plan.json delta=2, 'fixed={q_proj: 4}'."
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="lora, lora-gid, ls-lora, gard, water-fill, ralora, ralora-pro or compose."
+        ),
+    ] = "ralora-pro",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Instead of a plan: what each budget can capture."),
+    ] = False,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="Instead of a plan: a budget, with its reason.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the plan as a block for a model card.")
+    ] = False,
+) -> None:
+    """Decide each layer's rank and blocks from a profile, and print the plan as a table.
+
+    Typical use: see what budgets can capture, take one, save the plan:
+
+        rankwise plan runs/profile --curve --recommend
+
+        rankwise plan runs/profile --method water-fill budget=2.4M --out plan.json
+
+    A budget is never exceeded. docs/train.md lists the options of every method.
+    """
+    from rankwise.curve import budget_curve
+    from rankwise.profiling import GradientProfile
+    from rankwise.training.config import make_method, parse_assignment
+
+    chosen = make_method(method, dict(parse_assignment(option) for option in options or ()))
+    measured = GradientProfile.load(profile)
+    if curve or recommend:
+        budgets = budget_curve(measured)
+        if curve:
+            stdout.print(str(budgets))
+        if recommend:
+            stdout.print(budgets.recommendation())
+        return
+    made = chosen.plan(measured)
+    if out is not None:
+        made.save(out)
+    stdout.print(made.to_markdown() if markdown else str(made))
+    if out is not None:
+        stderr.print(f"plan saved to {out}")
+
+
+def diff(
+    before: Annotated[Path, typer.Argument(help="A plan.")],
+    after: Annotated[Path, typer.Argument(help="Another plan for the same model.")],
+) -> None:
+    """Show which modules two plans treat differently, and the parameters of both."""
+    from rankwise.plan import RankPlan
+
+    stdout.print(RankPlan.load(before).diff(RankPlan.load(after)))
+
+
+def _targets(text: str) -> str | list[str]:
+    return [part.strip() for part in text.split(",")] if "," in text else text
