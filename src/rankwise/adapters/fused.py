@@ -6,14 +6,16 @@ product itself (`baddbmm_`) into the output; and so is its input gradient into t
 layer. The backward pass is written by hand, because autograd would add both in passes of their own
 and form the gradient of B in the slow orientation:
 
-    z = s x A'        (n, tokens, r), the only intermediate, kept for the backward pass
+    z = s x A'        (n, tokens, r), the only intermediate
     y = y0 + z B'
     u = s g B         (n, tokens, r)
     dx = g W + u A,   dA = u' x,   dB = (z' g)'
 
 With r much smaller than the layer, `z' g` takes less than half the time of `g' z`; for the other
 products token-major z and u are as fast as rank-major ones or faster (MKL, AVX-512, r = 8 and 16).
-No tensor is as large as the weight, whatever n.
+The backward pass computes z again: n r numbers a token and layer cost more to keep than to compute
+(SmolLM2 with its own RaLoRA plan: 5 % of a step's memory). No tensor is as large as the weight,
+whatever n.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def add_update(
         scaling: The factor s.
     """
     x, a, b = _autocast(x, a, b)
-    return _AddUpdate.apply(result, x, a, b, scaling)[0]
+    return _AddUpdate.apply(result, x, a, b, scaling)
 
 
 def linear_with_update(
@@ -71,7 +73,7 @@ def linear_with_update(
         b: Output factors.
         scaling: The factor s.
     """
-    return _LinearWithUpdate.apply(x, weight, bias, a, b, scaling)[0]
+    return _LinearWithUpdate.apply(x, weight, bias, a, b, scaling)
 
 
 def frozen_linear(
@@ -110,35 +112,29 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 class _AddUpdate(torch.autograd.Function):
-    """Returns the sum and z, which the backward pass needs and nobody else sees."""
-
     @staticmethod
-    def forward(
-        result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         dtype = torch.promote_types(result.dtype, a.dtype)
         out = result.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        z = _reduced(x, a, scaling)
-        _add_expanded_(out, z, b.transpose(1, 2))
-        return out, z
+        _add_expanded_(out, _reduced(x, a, scaling), b.transpose(1, 2))
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         result, x, a, b, ctx.scaling = inputs
         ctx.result_dtype = result.dtype
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, a, b, output[1])
+        ctx.save_for_backward(x, a, b)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, z = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
         narrow = gradient.to(a.dtype)
         u = _reduced(narrow, b.transpose(1, 2), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             _add_expanded_(grad_x, u, a, beta=0)
-        grad_a, grad_b = _factor_gradients(ctx, narrow, (x, a, z, u), ctx.needs_input_grad[2:4])
+        grad_a, grad_b = _factor_gradients(ctx, narrow, (x, a, u), ctx.needs_input_grad[2:4])
         return gradient.to(ctx.result_dtype), grad_x, grad_a, grad_b, None
 
 
@@ -146,27 +142,25 @@ class _LinearWithUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         out = F.linear(x, weight, bias)
-        z = _reduced(x, a, scaling)
-        _add_expanded_(out, z, b.transpose(1, 2))
-        return out, z
+        _add_expanded_(out, _reduced(x, a, scaling), b.transpose(1, 2))
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, a, b, ctx.scaling = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, a, b, output[1])
+        ctx.save_for_backward(x, weight, a, b)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, z = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
         u = _reduced(gradient, b.transpose(1, 2), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gradient @ weight
             _add_expanded_(grad_x, u, a)
-        grad_a, grad_b = _factor_gradients(ctx, gradient, (x, a, z, u), ctx.needs_input_grad[3:5])
+        grad_a, grad_b = _factor_gradients(ctx, gradient, (x, a, u), ctx.needs_input_grad[3:5])
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -193,13 +187,13 @@ def _factor_gradients(
     ctx: Any, gradient: Tensor, saved: tuple[Tensor, ...], needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """`dA = u' x` and `dB = (z' g)'` for each block."""
-    x, a, z, u = saved
+    x, a, u = saved
     n = a.shape[0]
-    if torch.is_grad_enabled():
-        z = _reduced(x, a, ctx.scaling)  # the kept one is cut off from x and A: for second order
     grad_a = torch.bmm(u.transpose(1, 2), _in_blocks(x, n)) if needed[0] else None
-    grad_b = torch.bmm(z.transpose(1, 2), _in_blocks(gradient, n)) if needed[1] else None
-    return grad_a, grad_b if grad_b is None else grad_b.transpose(1, 2)
+    if not needed[1]:
+        return grad_a, None
+    z = _reduced(x, a, ctx.scaling)
+    return grad_a, torch.bmm(z.transpose(1, 2), _in_blocks(gradient, n)).transpose(1, 2)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
