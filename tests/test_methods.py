@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.errors import PlanError
-from rankwise.methods import METHODS, Lora, Method, RaLora, RaLoraPro
+from rankwise.methods import METHODS, Compose, Lora, Method, RaLora, RaLoraPro
+from rankwise.plan import BlockOptions
 from rankwise.profiling import profile_gradients
 from rankwise.targets import LinearShape, Targets, find_targets
 from tiny_models import synthetic_profile, tiny_llama, token_batch
@@ -94,7 +97,30 @@ class TestRaLora:
         assert [m.gid for m in plan.modules.values()] == pytest.approx([5.0, 17.0, 40.0, 64.0])
         assert (plan.method, plan.adapter, plan.scaling) == ("ralora", "ralora", 4.0)
         assert plan.parameters == plan.budget == 8 * LORA_COST
-        assert plan.provenance["options"] == {"r": 8, "alpha": 32, "n_max": 32}
+        assert plan.provenance["options"] == {
+            "r": 8,
+            "alpha": 32,
+            "n_max": 32,
+            "scaling": "paper",
+            "rank_scaling": "r_ref",
+            "init_fan_in": "full",
+        }
+
+    @pytest.mark.parametrize("method", [RaLora, RaLoraPro, partial(Compose, adapter="ralora")])
+    def test_scaling_and_drawing_are_in_the_plan(self, method: Any) -> None:
+        options = {"scaling": "function", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
+        profile = synthetic_profile(SHAPES, gid=20)
+        assert method(r=4).plan(profile).block_options == BlockOptions()
+        assert asdict(method(r=4, **options).plan(profile).block_options) == options
+
+    @pytest.mark.parametrize("option", ["scaling", "rank_scaling", "init_fan_in"])
+    def test_unknown_scaling_and_drawing(self, option: str) -> None:
+        with pytest.raises(PlanError, match=f"{option}='other' is not known"):
+            RaLora(**{option: "other"})
+
+    def test_plain_lora_has_no_options_of_blocks(self) -> None:
+        with pytest.raises(PlanError, match=r"alpha / r_ref x sqrt\(n\), .* adapter 'lora'"):
+            Compose(scaling="function").plan(synthetic_profile(SHAPES))
 
     def test_n_max(self) -> None:
         plan = RaLora(r=1, n_max=4).plan(synthetic_profile(SHAPES, gid=60))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import FileError, PlanError
 from rankwise.methods import Lora, RaLora, RaLoraPro
-from rankwise.plan import ModulePlan, RankPlan
+from rankwise.plan import BlockOptions, ModulePlan, RankPlan
 from rankwise.profiling import profile_gradients
 from rankwise.targets import find_targets
 from tiny_models import synthetic_profile, tiny_gpt2, tiny_llama, tiny_t5, token_batch
@@ -98,6 +98,18 @@ class TestValues:
         assert "blocks: mean 1.5, min 1, max 2" in text
         assert "layer" in text and "0 " in text
 
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (BlockOptions(), "by alpha / r_ref, A drawn for the full fan-in, with alpha = 8"),
+            (BlockOptions("function", "r", "block"), "alpha / r x sqrt(n), A drawn for the block"),
+        ],
+    )
+    def test_text_says_how_blocks_are_scaled(self, options: BlockOptions, said: str) -> None:
+        plan = small_plan(block_options=options)
+        assert said in str(plan).replace("\n", " ")
+        assert said in plan.to_markdown()
+
     def test_text_of_a_lora_plan_has_no_blocks(self, tiny_llama: PreTrainedModel) -> None:
         text = str(Lora(r=2).plan(find_targets(tiny_llama)))
         assert "n=" not in text and "blocks" not in text
@@ -114,7 +126,11 @@ class TestFiles:
 
     def test_roundtrip_of_every_method(self, tmp_path: Path) -> None:
         profile = synthetic_profile({"a": (64, 32), "b.0.c": (16, 16)}, gid=10)
-        for method in (Lora(r=2), RaLora(r=2, alpha=3.5), RaLoraPro(r=2, budget="paper")):
+        for method in (
+            Lora(r=2),
+            RaLora(r=2, alpha=3.5, scaling="function"),
+            RaLoraPro(r=2, budget="paper", rank_scaling="r", init_fan_in="block"),
+        ):
             plan = method.plan(profile)
             plan.save(str(tmp_path / "deep" / "plan.json"))
             assert RankPlan.load(str(tmp_path / "deep" / "plan.json")) == plan
@@ -135,6 +151,8 @@ class TestFiles:
             (lambda d: d.update(r_ref=0), "r_ref: .*greater than 0"),
             (lambda d: d.update(r_ref=True), "r_ref: .*integer"),
             (lambda d: d.update(adapter="dora"), "adapter: .*'lora', 'ralora' or 'lr-lora'"),
+            (lambda d: d["block_options"].update(scaling="loud"), r"scaling: .*'function'"),
+            (lambda d: d["block_options"].update(init="full"), r"block_options\.init: Unexpected"),
             (lambda d: d.update(budget=1), "over its budget of 1"),
             (lambda d: d.update(modules={}), "at least one module"),
             (lambda d: d.update(modules=[]), "modules: "),
@@ -162,6 +180,12 @@ class TestFiles:
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(FileError, match=r"rank plan .*plan\.json"):
             RankPlan.load(path)
+
+    def test_a_plan_from_before_there_were_options(self, plan: RankPlan, path: Path) -> None:
+        document = json.loads(path.read_text())
+        del document["block_options"]
+        path.write_text(json.dumps(document))
+        assert RankPlan.load(path) == plan
 
     def test_missing_and_folder(self, tmp_path: Path) -> None:
         with pytest.raises(FileError, match="no such file"):

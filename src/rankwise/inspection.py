@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +17,7 @@ from rankwise.records import RunRecord
 from rankwise.tables import layer_table, make_table, render
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_SETTINGS = ("r", "alpha", "lora_alpha", "scaling", "rank_scaling", "init_fan_in", "use_rslora")
 
 
 def describe(path: Path) -> str:
@@ -97,8 +100,14 @@ def _describe_adapter(folder: Path) -> str:
     return layer_table(
         cells,
         title=f"{kind} adapter for {base}",
-        caption=f"{len(cells)} modules, {total:,} parameters",
+        caption=f"{len(cells)} modules, {total:,} parameters{_settings(config)}",
     )
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """What the configuration says of scaling and drawing, on a line of its own."""
+    said = [f"{key}={config[key]}" for key in _SETTINGS if config.get(key) is not None]
+    return "\n" + ", ".join(said) if said else ""
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:

@@ -21,6 +21,7 @@ from contracts import factors_of, train_by_chance_
 from rankwise import ModulePlan, RaLoraPro, RankPlan, attach, profile_gradients
 from rankwise.adapters import RaLoraConfig, RaLoraLinear
 from rankwise.errors import PlanError
+from rankwise.plan import BlockOptions
 from tiny_models import VOCABULARY, tiny_llama
 
 # wide enough for several blocks of several ranks
@@ -98,6 +99,18 @@ class TestAttach:
         assert config.blocks_pattern == {name: m.blocks for name, m in plan.modules.items()}
         assert (config.r, config.alpha, config.dropout) == (plan.r_ref, plan.alpha, 0.25)
         assert config.task_type == "CAUSAL_LM"
+
+    def test_scaling_and_drawing_come_from_the_plan(self, base: nn.Module, plan: RankPlan) -> None:
+        options = BlockOptions("function", "sqrt_r", "block")
+        model = attach(base, replace(plan, block_options=options), init_fan_in="full")
+        config = model.peft_config["default"]
+        assert isinstance(config, RaLoraConfig)
+        assert (config.scaling, config.rank_scaling) == ("function", "sqrt_r")
+        assert config.init_fan_in == "full", "what is passed to attach goes first"
+        for name, layer in ralora_layers(model).items():
+            planned = plan.modules[name]
+            expected = plan.alpha * (planned.blocks / planned.rank) ** 0.5
+            assert layer.scaling["default"] == pytest.approx(expected)
 
     def test_a_lora_plan_attaches_plain_lora(self, base: nn.Module, plan: RankPlan) -> None:
         modules = {name: replace(m, blocks=1) for name, m in plan.modules.items()}

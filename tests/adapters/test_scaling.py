@@ -11,7 +11,8 @@ from torch import nn
 
 from rankwise import RaLoraConfig
 from rankwise.adapters import RaLoraLinear
-from rankwise.adapters.scaling import BlockScaling, RankScaling, update_scaling
+from rankwise.adapters.scaling import update_scaling
+from rankwise.plan.block_options import BlockScaling, RankScaling
 
 
 @pytest.mark.parametrize(("by", "expected"), [("r_ref", 12 / 8), ("r", 12 / 4), ("sqrt_r", 12 / 2)])

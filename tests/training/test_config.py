@@ -47,6 +47,8 @@ def test_defaults_and_overrides(run_yaml: Path) -> None:
         (MINIMAL + "method: {name: lora, r: 0}\n", r"r=0 must be a whole number of at least 1"),
         (MINIMAL + "method: {name: ralora, n_max: 12}\n", r"n_max=12 must be a power of two"),
         (MINIMAL + "method: {name: lora, n_max: 8}\n", r"method.n_max: lora has no such option"),
+        (MINIMAL + "method: {name: ralora, scaling: functon}\n", r"did you mean 'function'\?"),
+        (MINIMAL + "method: {name: lora, scaling: paper}\n", r"lora has no such option"),
         (MINIMAL + "dtype: int8\n", r"dtype: .*'float32'"),
         ("model: m\n", r"Field required"),
         ("- a\n- b\n", r"must hold keys and values"),

@@ -75,11 +75,16 @@ def test_profile_is_used_instead_of_made(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_saved_plan_is_used(place: Path, tmp_path: Path) -> None:
-    run = train(config(place, tmp_path / "a"))
+    """With its scaling and its drawing, which came from the run's method."""
+    options = {"scaling": "function", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
+    run = train(config(place, tmp_path / "a", method={"name": "ralora", "r": 2, **options}))
     again = train(config(place, tmp_path / "b", plan=str(tmp_path / "a/plan.json")))
     assert again.plan == run.plan
     assert again.profile is None
     assert again.record.held_out == run.record.held_out
+    for name in ("a", "b"):
+        saved = json.loads((tmp_path / name / "adapter/adapter_config.json").read_text())
+        assert {key: saved[key] for key in options} == options
 
 
 def test_gradient_accumulation_and_checkpointing_train(place: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,7 +29,8 @@ def adapter_config(
         adapter: Another kind of adapter with the plan's ranks; default: the plan's own.
         dropout: Probability of dropping an input of an adapter.
         **options: Forwarded to the configuration class: `task_type`, `modules_to_save` and so on;
-            for block-diagonal adapters also `scaling`, `rank_scaling` and `init_fan_in`.
+            for block-diagonal adapters also `scaling`, `rank_scaling` and `init_fan_in`, in the
+            place of the plan's.
 
     Raises:
         PlanError: The plan has blocks, which the other kind of adapter lacks.
@@ -57,7 +58,7 @@ def adapter_config(
         # every module has its entry, or one named `proj` would speak for `block.proj` as well
         rank_pattern={name: m.rank for name, m in modules.items()},
         blocks_pattern={name: m.blocks for name, m in modules.items()},
-        **options,
+        **(asdict(plan.block_options) | options),
     )
 
 

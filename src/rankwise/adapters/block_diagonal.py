@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,15 +30,14 @@ from rankwise.adapters.options import (
     longest_match,
 )
 from rankwise.adapters.registration import peft_type
-from rankwise.adapters.scaling import BlockScaling, FanIn, RankScaling, update_scaling
+from rankwise.adapters.scaling import update_scaling
 from rankwise.allocation import dividing_blocks
+from rankwise.plan.block_options import BLOCK_CHOICES, BlockScaling, FanIn, RankScaling
 
 logger = logging.getLogger(__name__)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "rank_scaling": get_args(RankScaling),
-    "scaling": get_args(BlockScaling),
-    "init_fan_in": get_args(FanIn),
+    **BLOCK_CHOICES,
     "bias": ("none", "all", "ralora_only"),
 }
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-RankScaling = Literal["r_ref", "r", "sqrt_r"]
-BlockScaling = Literal["paper", "function"]
-FanIn = Literal["full", "block"]
+from rankwise.plan.block_options import BlockScaling, RankScaling
 
 
 def update_scaling(

@@ -19,7 +19,7 @@ from rankwise.allocation import (
     uniform_ranks,
 )
 from rankwise.errors import PlanError
-from rankwise.plan import AdapterKind, RankPlan, module_plans
+from rankwise.plan import AdapterKind, BlockOptions, RankPlan, module_plans
 from rankwise.profiling import GradientProfile, Statistic
 from rankwise.targets import LinearShape, Targets, look_alikes
 
@@ -87,8 +87,13 @@ class Method(ABC):
             provenance=provenance,
             left_out={name: shape for name, shape in shapes.items() if not ranks[name]},
             look_alikes=_look_alikes(source),
+            block_options=self._block_options(),
             **facts,
         )
+
+    def _block_options(self) -> BlockOptions:
+        """How block-diagonal adapters are scaled and drawn, for methods that make some."""
+        return BlockOptions()
 
     def _options(self) -> dict[str, Any]:
         """The options as JSON can hold them; an earlier plan by its ranks."""

@@ -14,7 +14,7 @@ from rankwise.allocation import proportional_ranks, uniform_ranks, water_filling
 from rankwise.errors import PlanError, nearest
 from rankwise.methods.base import costs_of, energies_of
 from rankwise.methods.budgeted import BudgetedMethod
-from rankwise.methods.uniform import blocks_by_gid, check_n_max
+from rankwise.methods.uniform import BlockMethod, blocks_by_gid
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile
 from rankwise.spectra import (
@@ -48,7 +48,7 @@ _SPECTRAL: Mapping[str, Callable[[Tensor], float]] = {
 
 
 @dataclass(frozen=True)
-class Compose(BudgetedMethod):
+class Compose(BudgetedMethod, BlockMethod):
     """A method put together from a statistic, an estimator, a rule and an adapter.
 
     Static GARD is `statistic="gram", estimator="energy"`; LoRA+GID in a budget is
@@ -71,6 +71,9 @@ class Compose(BudgetedMethod):
             `sqrt(d_in + d_out)`, as RaLoRA-Pro shares; `"uniform"` and `"water-fill"` need none.
         adapter: `"lora"`, or `"ralora"` with blocks by GID.
         n_max: Largest number of blocks.
+        scaling: As in `RaLora`, for `adapter="ralora"`.
+        rank_scaling: As in `RaLora`.
+        init_fan_in: As in `RaLora`.
         seed: Of `"random"`.
     """
 
@@ -80,12 +83,10 @@ class Compose(BudgetedMethod):
     estimator: Estimator = "effective-rank"
     rule: Rule = "proportional"
     adapter: AdapterKind = "lora"  # type: ignore[misc]  # an option here, fixed elsewhere
-    n_max: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_n_max(self.n_max)
         choices = {"statistic": Source, "estimator": Estimator, "rule": Rule}
         for option, allowed in (choices | {"adapter": AdapterKind}).items():
             value = getattr(self, option)

@@ -63,6 +63,9 @@ class RaLoraPro(SensitivityMethod, RaLora):
         delta: See `around`.
         fixed: Rank per module that is decided beforehand.
         n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
+        scaling: As in `RaLora`.
+        rank_scaling: As in `RaLora`; matters here, where ranks differ.
+        init_fan_in: As in `RaLora`.
     """
 
     name: ClassVar[str] = "ralora-pro"

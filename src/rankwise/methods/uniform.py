@@ -10,7 +10,8 @@ from typing import ClassVar
 from rankwise.allocation import block_count, dividing_blocks
 from rankwise.errors import PlanError
 from rankwise.methods.base import Method, check_positive_int, check_rank_fits, shapes_of
-from rankwise.plan import AdapterKind, RankPlan
+from rankwise.plan import AdapterKind, BlockOptions, RankPlan
+from rankwise.plan.block_options import BlockScaling, FanIn, RankScaling
 from rankwise.profiling import GradientProfile
 from rankwise.targets import LinearShape
 
@@ -41,7 +42,32 @@ class Lora(Method):
 
 
 @dataclass(frozen=True)
-class RaLora(Method):
+class BlockMethod(Method):
+    """Options of every method that splits updates into diagonal blocks.
+
+    Attributes:
+        n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
+        scaling: See `BlockOptions`.
+        rank_scaling: See `BlockOptions`.
+        init_fan_in: See `BlockOptions`.
+    """
+
+    n_max: int = 32
+    scaling: BlockScaling = "paper"
+    rank_scaling: RankScaling = "r_ref"
+    init_fan_in: FanIn = "full"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_n_max(self.n_max)
+        self._block_options()
+
+    def _block_options(self) -> BlockOptions:
+        return BlockOptions(self.scaling, self.rank_scaling, self.init_fan_in)
+
+
+@dataclass(frozen=True)
+class RaLora(BlockMethod):
     """RaLoRA: LoRA's rank and size, split into as many diagonal blocks as the GID asks for.
 
     `delta_W = (alpha / r) blockdiag(B_1 A_1, ..., B_n A_n)` with
@@ -50,16 +76,14 @@ class RaLora(Method):
 
     Attributes:
         n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
+        scaling: `"paper"`, or `"function"` to multiply s by sqrt(n).
+        rank_scaling: What alpha is divided by: `"r_ref"`, which is r; `"r"` or `"sqrt_r"`, the
+            module's own rank or its root.
+        init_fan_in: `"full"` or `"block"`: by which fan-in A is drawn.
     """
 
     name: ClassVar[str] = "ralora"
     adapter: ClassVar[AdapterKind] = "ralora"
-
-    n_max: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_n_max(self.n_max)
 
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Uniform ranks, blocks by GID.

@@ -18,6 +18,7 @@ from torch import nn
 from rankwise.display import Displayed
 from rankwise.errors import PlanError, nearest
 from rankwise.files import parse_json, read_text, write_text
+from rankwise.plan.block_options import BlockOptions
 from rankwise.provenance import model_fingerprint
 from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 
@@ -79,7 +80,8 @@ class RankPlan(Displayed):
         adapter: `"lora"` for plain LoRA, `"ralora"` for block-diagonal adapters, `"lr-lora"` for
             LR-LoRA, whose functions' parameters, 2K a module, are not counted here.
         r_ref: Reference rank: the LoRA rank with the same budget.
-        alpha: LoRA alpha; every module is scaled by `alpha / r_ref`.
+        alpha: LoRA alpha; every module is scaled by `alpha / r_ref`, unless `block_options` says
+            otherwise.
         budget: Trainable parameters allowed; None where the method sets no hard budget.
         modules: Module name -> its adapter, in model order.
         model: Name of the model.
@@ -96,6 +98,7 @@ class RankPlan(Displayed):
         captured: Part of the measured gradient energy `sum sigma^2` that updates of these ranks
             can hold, for plain LoRA.
         captured_by_uniform: The same of uniform ranks within the same budget.
+        block_options: How block-diagonal adapters are scaled and drawn.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -116,6 +119,7 @@ class RankPlan(Displayed):
     largest_total: NonNegativeInt | None = None
     captured: FiniteFloat | None = None
     captured_by_uniform: FiniteFloat | None = None
+    block_options: BlockOptions = field(default_factory=BlockOptions)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -129,6 +133,11 @@ class RankPlan(Displayed):
             raise PlanError(
                 f"adapter {self.adapter!r} has one block per module; use adapter 'ralora'."
             )
+        if self.adapter != "ralora" and self.block_options != BlockOptions():
+            raise PlanError(
+                f"{self.block_options} is for block-diagonal adapters; a plan with adapter "
+                f"{self.adapter!r} takes the defaults of scaling, rank_scaling and init_fan_in."
+            )
         if self.budget is not None and self.parameters > self.budget:
             raise PlanError(
                 f"the plan takes {self.parameters} parameters, over its budget of {self.budget}."
@@ -141,7 +150,7 @@ class RankPlan(Displayed):
 
     @property
     def scaling(self) -> float:
-        """The factor s of every update: `alpha / r_ref`."""
+        """`alpha / r_ref`: the factor s of every update, where `block_options` has the defaults."""
         return self.alpha / self.r_ref
 
     def save(self, path: str | Path) -> None:

@@ -13,7 +13,10 @@ from rankwise.targets import layer_position
 def table(plan: RankPlan) -> str:
     """Layers down, kinds of module across, then totals and the verdict."""
     title = f"{plan.method} for {plan.model or 'a model'}, alpha={plan.alpha:g}"
-    return layer_table(_cells(plan), title=title, caption=f"{totals(plan)}\n{verdict(plan)}")
+    lines = [totals(plan), verdict(plan)]
+    if plan.adapter == "ralora":
+        lines.insert(1, scales(plan))
+    return layer_table(_cells(plan), title=title, caption="\n".join(lines))
 
 
 def markdown(plan: RankPlan) -> str:
@@ -22,7 +25,7 @@ def markdown(plan: RankPlan) -> str:
         f"### Adapter ranks: {plan.method}",
         "",
         f"{verdict(plan)} {_sentence(totals(plan))}",
-        f"Updates are scaled by alpha / r = {plan.alpha:g} / {plan.r_ref}.",
+        _sentence(scales(plan)),
     ]
     measured = plan.provenance.get("profile")
     if isinstance(measured, Mapping):
@@ -45,6 +48,14 @@ def totals(plan: RankPlan) -> str:
         mean = sum(counts) / len(counts)
         text += f"; blocks: mean {mean:.1f}, min {min(counts)}, max {max(counts)}"
     return text
+
+
+def scales(plan: RankPlan) -> str:
+    """The factor in front of the updates; for blocks also how they are drawn."""
+    numbers = f"with alpha = {plan.alpha:g} and r_ref = {plan.r_ref}"
+    if plan.adapter == "ralora":
+        return f"{plan.block_options}, {numbers}"
+    return f"updates scaled by alpha / r_ref, {numbers}"
 
 
 def remainder(plan: RankPlan) -> str:
