@@ -67,6 +67,34 @@ def test_the_scaling_is_pefts(config: dict[str, Any], factor: float, tmp_path: P
     assert shown.update_norm == pytest.approx(factor * float(update.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({}, 16 / 8),
+        ({"scaling": "function"}, 16 / 8 * math.sqrt(2)),
+        ({"rank_scaling": "r"}, 16 / 4),
+        ({"rank_scaling": "sqrt_r", "scaling": "function"}, 16 / 2 * math.sqrt(2)),
+    ],
+)
+def test_the_scaling_of_blocks(config: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    plan = RaLora(r=4, alpha=16, n_max=2).plan(make_profile(layers=1, outside=False))
+    folder = save_adapter(tmp_path / "adapter", plan, r=8, **config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "model.layers.0.attn.k_proj"
+    assert plan.modules[name].blocks == 2
+    key = f"base_model.model.{name}.ralora"
+    update = tensors[f"{key}_B.weight"] @ tensors[f"{key}_A.weight"]
+    shown = view_of_adapter(folder).modules[name]
+    assert shown.update_norm == pytest.approx(factor * float(update.norm()), rel=1e-5)
+
+
+def test_an_unknown_scaling_is_refused(tmp_path: Path) -> None:
+    plan = RaLora(r=4).plan(make_profile(layers=1, outside=False))
+    folder = save_adapter(tmp_path / "adapter", plan, scaling="loud")
+    with pytest.raises(FileError, match="scaling='loud' is not known"):
+        view_of_adapter(folder)
+
+
 def test_layers_come_in_order_and_no_path_is_kept(tmp_path: Path) -> None:
     plan = Lora(r=2).plan(make_profile(layers=12, outside=False))
     view = view_of_adapter(save_adapter(tmp_path / "adapter", plan))

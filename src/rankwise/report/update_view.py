@@ -13,15 +13,18 @@ from jaxtyping import Float
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from rankwise.adapters.scaling import update_scaling
 from rankwise.artifacts import read_adapter_config
 from rankwise.errors import FileError
 from rankwise.files import read_tensors
+from rankwise.plan.block_options import BLOCK_CHOICES
 from rankwise.report.sampling import POINTS, places, sampled
 from rankwise.report.views import ModuleUpdate, UpdateView
 from rankwise.spectra import effective_rank, stable_rank
 from rankwise.targets import layer_position
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_Scaling = Callable[[str, int, int], float]
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.((?:ra)?lora)_([AB])\.weight")
 
 
@@ -55,7 +58,7 @@ def view_of_adapter(folder: Path, order: Sequence[str] = ()) -> UpdateView:
     modules: dict[str, ModuleUpdate] = {}
     for name in names:
         a, b = _pair(factors[name], name, folder)
-        spectra[name] = update_spectrum(a, b) * scaling(name, a.shape[1])
+        spectra[name] = update_spectrum(a, b) * scaling(name, *a.shape[:2])
         modules[name] = _module(a, b, spectra[name])
     return UpdateView(
         label=f"{kind} adapter",
@@ -98,8 +101,8 @@ def _module(a: Tensor, b: Tensor, spectrum: Tensor) -> ModuleUpdate:
     )
 
 
-def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> Callable[[str, int], float]:
-    """The factor s of a module's update from its name and rank, as PEFT reads a configuration."""
+def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> _Scaling:
+    """The factor s of an update from its module's name, blocks and rank, as PEFT reads a config."""
     if kind not in ("lora", "ralora"):
         raise FileError(
             f"{folder}: is an adapter of type {kind or 'unknown'!r}; the report reads the updates "
@@ -113,9 +116,20 @@ def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> Callable[[st
         raise FileError(f"{folder}: its configuration names no positive alpha and r.")
     assert isinstance(alpha, int | float) and isinstance(r, int | float)
     if kind == "ralora":
-        return lambda name, rank: alpha / r
+        options = {key: config.get(key, allowed[0]) for key, allowed in BLOCK_CHOICES.items()}
+        for key, allowed in BLOCK_CHOICES.items():
+            if options[key] not in allowed:
+                raise FileError(f"{folder}: {key}={options[key]!r} is not known.")
+        return lambda name, blocks, rank: update_scaling(
+            alpha,
+            rank=rank,
+            r_ref=r,  # type: ignore[arg-type]  # whole in every file that PEFT wrote
+            blocks=blocks,
+            by=options["rank_scaling"],
+            scaling=options["scaling"],
+        )
 
-    def scaling(name: str, rank: int) -> float:
+    def scaling(name: str, blocks: int, rank: int) -> float:
         try:
             own = patterns.get(get_pattern_key(list(patterns), name), alpha)
         except re.error as error:
