@@ -1,5 +1,6 @@
 """From a matrix to its singular values, and from a spectrum to a dimension."""
 
+from rankwise.spectra.compression import block_energy
 from rankwise.spectra.decompose import (
     gram_eigenvalues,
     singular_values,
@@ -17,6 +18,7 @@ from rankwise.spectra.estimators import (
 )
 
 __all__ = [
+    "block_energy",
     "effective_rank",
     "energy_crossing",
     "energy_rank",
