@@ -13,6 +13,13 @@ from rankwise.cli.app import Overrides, stderr, stdout
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; docs/train.md lists its keys.")],
     overrides: Overrides = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            help="gid: follow the gradients' dimensions while training, every 5 steps in the first "
+            "and last layer unless track.every and track.modules say otherwise.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune: profile, plan, train, evaluate, and write adapter, plan and record.
 
@@ -23,7 +30,7 @@ def train(
     from rankwise.training import load_config
     from rankwise.training import train as run_training
 
-    loaded = load_config(config, overrides or ())
+    loaded = load_config(config, overrides or (), track=track)
     run = run_training(loaded, notify=stderr.print)
     stdout.print(_summary(run.record))
     stderr.print(f"adapter, plan and record saved to {loaded.output}")

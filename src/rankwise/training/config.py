@@ -6,10 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rankwise.dynamic import DynamicOptions, rule_of
 from rankwise.errors import ConfigError, PlanError, nearest
@@ -19,6 +26,8 @@ from rankwise.methods import METHODS, Method
 MAX_DEPTH = 20
 """Deepest nesting of a configuration file; ours needs three."""
 
+FULL = "full"
+"""Full fine-tuning, which is no method of ranks."""
 _DYNAMIC = "-dynamic"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -88,6 +97,15 @@ class TrainingConfig(_Section):
     report_to: list[str] = Field(default_factory=list, description="as in transformers")
 
 
+class TrackConfig(_Section):
+    """Which gradients to follow while training, and how often; see `training.tracking`."""
+
+    every: int = Field(default=5, ge=1, description="optimizer steps from one to the next")
+    modules: str | list[str] | None = Field(
+        default=None, description="as targets; default: those of the first and the last layer"
+    )
+
+
 class RunConfig(_Section):
     """Everything one run needs."""
 
@@ -108,12 +126,42 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0)
     profile: ProfileConfig = ProfileConfig()
     training: TrainingConfig = TrainingConfig()
+    track: TrackConfig | None = Field(
+        default=None,
+        description="follow the gradients' dimensions while training: `gid`, or a mapping of "
+        "`every` and `modules`",
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _track_by_name(cls, value: object) -> object:
+        return {} if value == "gid" else value
 
     @model_validator(mode="after")
     def _method_is_known(self) -> RunConfig:
-        self.make_method()
-        self.make_dynamic()
+        if self.is_full:
+            self._check_full()
+        else:
+            self.make_method()
+            self.make_dynamic()
         return self
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every weight trains, without adapters."""
+        return self.method.get("name") == FULL
+
+    def _check_full(self) -> None:
+        more = [key for key in self.method if key != "name"]
+        if more:
+            raise ConfigError(f"method.{more[0]}: {FULL} has no options.")
+        if self.dynamic is not None or self.plan is not None:
+            raise ConfigError(f"method.name={FULL!r}: has no ranks; leave out dynamic and plan.")
+        if self.dtype != "float32":
+            raise ConfigError(
+                f"dtype={self.dtype!r}: AdamW's steps vanish in 16-bit weights; {FULL} needs "
+                "dtype=float32."
+            )
 
     def make_method(self) -> Method:
         """The method with its options."""
@@ -148,7 +196,8 @@ def make_method(name: object, options: Mapping[str, Any]) -> Method:
         ConfigError: The name or an option is unknown, or an option's value is not allowed.
     """
     if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError(f"method.name={name!r} is not a method; {nearest(str(name), METHODS)}")
+        hint = nearest(str(name), [*METHODS, FULL])
+        raise ConfigError(f"method.name={name!r} is not a method; {hint}")
     cls = METHODS[name]
     known = [field.name for field in fields(cls)]
     for key in options:
@@ -160,12 +209,15 @@ def make_method(name: object, options: Mapping[str, Any]) -> Method:
         raise ConfigError(f"method: {error}") from error
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, track: str | None = None
+) -> RunConfig:
     """Read a run configuration and apply overrides.
 
     Args:
         path: A YAML file.
         overrides: `section.key=value`, the value in YAML: `training.steps=20`.
+        track: `"gid"` switches tracking on, with the file's settings where it has any.
 
     Raises:
         FileError: The file is missing or unreadable.
@@ -176,6 +228,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     document = _parse_yaml(text, str(path))
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as 'model: ...'.")
+    if track is not None:
+        if track != "gid":
+            raise ConfigError(f"track={track!r}; gid is what can be followed.")
+        document.setdefault("track", {})
     for override in overrides:
         _override(document, override)
     return validate(document, str(path))
@@ -213,9 +269,10 @@ def _refuse_unknown(document: object, model: type[BaseModel], where: str, prefix
         if key not in model.model_fields:
             hint = nearest(str(key), model.model_fields)
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
-        section = model.model_fields[key].annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            _refuse_unknown(value, section, where, f"{prefix}{key}.")
+        annotation = model.model_fields[key].annotation
+        for section in (annotation, *get_args(annotation)):  # `Section | None` as well
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                _refuse_unknown(value, section, where, f"{prefix}{key}.")
 
 
 def _override(document: dict[str, Any], assignment: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
 from rankwise.profiling import model_loss
@@ -51,3 +53,38 @@ def held_out_loss(
             "is broken; lower training.learning_rate."
         )
     return HeldOutLoss(step=step, loss=total / tokens, tokens=tokens)
+
+
+class HeldOutCallback(TrainerCallback):
+    """Evaluates every so many steps and keeps the time that takes apart from training."""
+
+    def __init__(
+        self, evaluate: Callable[[int], HeldOutLoss], every: int, say: Callable[[str], None]
+    ) -> None:
+        self._evaluate = evaluate
+        self._every = every
+        self._say = say
+        self.curve: list[HeldOutLoss] = []
+        self.seconds = 0.0
+
+    def _point(self, state: TrainerState) -> None:
+        started = time.perf_counter()
+        self.curve.append(self._evaluate(state.global_step))
+        self.seconds += time.perf_counter() - started
+        self._say(
+            f"step {state.global_step} of {state.max_steps}: "
+            f"held-out loss {self.curve[-1].loss:.4f}"
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The loss before training."""
+        self._point(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The loss now, if it is time."""
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._point(state)

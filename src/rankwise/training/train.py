@@ -20,12 +20,9 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
@@ -46,14 +43,18 @@ from rankwise.provenance import (
     versions,
 )
 from rankwise.records import HeldOutLoss, RunRecord, TrainLoss
+from rankwise.run_files import TRACKING_FILE, Tracking, save_run_file
 from rankwise.targets import find_targets
-from rankwise.training.config import RunConfig, TrainingConfig
+from rankwise.training.config import FULL, RunConfig, TrainingConfig
 from rankwise.training.data import TokenData, load_token_data
-from rankwise.training.evaluate import held_out_loss
+from rankwise.training.evaluate import HeldOutCallback, held_out_loss
+from rankwise.training.tracking import GradientTracker, tracked_modules
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+"""Where a fully fine-tuned run keeps the whole model."""
 CONFIG_FILE = "run.yaml"
 EVENTS_FILE = "rank_events.json"
 Notify = Callable[[str], None]
@@ -70,17 +71,19 @@ _CHECKPOINTING = (
 class TrainingRun:
     """What a run leaves: record, plan, profile if one was made, trained model, rank events.
 
-    The plan of a dynamic run is that of its final ranks.
+    The plan of a dynamic run is that of its final ranks; full fine-tuning has none. `tracking` is
+    there where gradients were followed.
     """
 
     record: RunRecord
-    plan: RankPlan
+    plan: RankPlan | None
     profile: GradientProfile | None
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     events: list[RankEvent] | None = None
+    tracking: Tracking | None = None
 
 
-def load_model(source: str, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_model(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a local folder or the hub.
 
     Raises:
@@ -119,29 +122,36 @@ def train(
     data = load_token_data(config.data, tokenizer, seed=config.seed)
     seconds: dict[str, float] = {}
     given = profile
-    plan, profile = make_plan(config, model, data, profile, say)
+    plan: RankPlan | None = None
+    if config.is_full:
+        profile = None
+    else:
+        plan, profile = make_plan(config, model, data, profile, say)
     # a profile that was given cost this run nothing
     made = profile if profile is not given else None
     seconds["profile"] = made.provenance.seconds if made else 0.0
     fingerprint = model_fingerprint(model)
     name = model_name(model)
+    tracker = _tracker(config, model)
     set_seed(config.seed)  # the adapters' draw must not depend on whether a profile was made
-    adapted = attach(model, plan, dropout=config.training.dropout)
+    adapted = _trainable(model, plan, config.training.dropout)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    say(f"training {trainable:,} parameters with {plan.method}")
-    dynamic = _dynamic(config, plan)
-    curves = _fit(config, adapted, tokenizer, data, seconds, say, dynamic)
+    method = FULL if plan is None else plan.method
+    say(f"training {trainable:,} parameters with {method}")
+    dynamic = None if plan is None else _dynamic(config, plan)
+    curves = _fit(config, adapted, tokenizer, data, seconds, say, dynamic, tracker)
     if dynamic is not None:
         plan = dynamic.ranks.plan
         trainable = plan.parameters
+    modules = {} if plan is None else plan.modules
     record = RunRecord(
-        method=plan.method,
+        method=method,
         model=name,
         model_fingerprint=fingerprint,
         seed=config.seed,
         trainable_parameters=trainable,
-        ranks={module: m.rank for module, m in plan.modules.items()},
-        blocks={module: m.blocks for module, m in plan.modules.items()},
+        ranks={module: m.rank for module, m in modules.items()},
+        blocks={module: m.blocks for module, m in modules.items()},
         train_loss=curves.train_loss,
         held_out=curves.held_out,
         seconds={key: round(value, 3) for key, value in seconds.items()},
@@ -155,7 +165,8 @@ def train(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     events = dynamic.ranks.events if dynamic is not None else None
-    run = TrainingRun(record, plan, profile, adapted, events)
+    tracking = None if tracker is None else tracker.tracking
+    run = TrainingRun(record, plan, profile, adapted, events, tracking)
     _save(run, tokenizer, output)
     return run
 
@@ -163,9 +174,13 @@ def train(
 def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Everything the run leaves, all or nothing."""
     with new_folder(output, marker=RECORD_FILE) as folder:
-        run.model.save_pretrained(str(folder / ADAPTER_FOLDER))
-        tokenizer.save_pretrained(str(folder / ADAPTER_FOLDER))
-        run.plan.save(folder / PLAN_FILE)
+        trained = folder / (MODEL_FOLDER if run.plan is None else ADAPTER_FOLDER)
+        run.model.save_pretrained(str(trained))
+        tokenizer.save_pretrained(str(trained))
+        if run.plan is not None:
+            run.plan.save(folder / PLAN_FILE)
+        if run.tracking is not None:
+            save_run_file(run.tracking, folder / TRACKING_FILE)
         if run.events is not None:
             events = json.dumps([asdict(event) for event in run.events], indent=2, allow_nan=False)
             write_text(folder / EVENTS_FILE, events + "\n")
@@ -173,6 +188,21 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) ->
             run.profile.save(folder / PROFILE_FOLDER)
         write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
         run.record.save(folder / RECORD_FILE)
+
+
+def _trainable(
+    model: PreTrainedModel, plan: RankPlan | None, dropout: float
+) -> PeftModel | PreTrainedModel:
+    """The model with the plan's adapters; without a plan, the model with every weight to train."""
+    return model.requires_grad_(True) if plan is None else attach(model, plan, dropout=dropout)
+
+
+def _tracker(config: RunConfig, model: nn.Module) -> GradientTracker | None:
+    """What follows gradients while training, if that was asked for."""
+    if config.track is None:
+        return None
+    shapes = tracked_modules(model, config.targets, config.track.modules)
+    return GradientTracker(model, shapes, config.track.every)
 
 
 def make_plan(
@@ -213,50 +243,19 @@ class _Curves:
     tokens: int
 
 
-class _HeldOutCallback(TrainerCallback):
-    """Evaluates every so many steps and keeps the time that takes apart from training."""
-
-    def __init__(self, evaluate: Callable[[int], HeldOutLoss], every: int, say: Notify) -> None:
-        self._evaluate = evaluate
-        self._every = every
-        self._say = say
-        self.curve: list[HeldOutLoss] = []
-        self.seconds = 0.0
-
-    def _point(self, state: TrainerState) -> None:
-        started = time.perf_counter()
-        self.curve.append(self._evaluate(state.global_step))
-        self.seconds += time.perf_counter() - started
-        self._say(
-            f"step {state.global_step} of {state.max_steps}: "
-            f"held-out loss {self.curve[-1].loss:.4f}"
-        )
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._point(state)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._point(state)
-
-
 def _fit(
     config: RunConfig,
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: TokenData,
     seconds: dict[str, float],
     say: Notify,
-    dynamic: RankCallback | None,
+    *callbacks: RankCallback | GradientTracker | None,
 ) -> _Curves:
     settings = config.training
     steps = settings.steps or _steps(settings, len(data.train))
     loader = data.held_out_loader(settings.evaluation_batch_size)
-    callback = _HeldOutCallback(
+    callback = HeldOutCallback(
         lambda step: held_out_loss(model, loader, step=step),
         every=settings.evaluate_every or max(1, steps // 5),
         say=say,
@@ -270,14 +269,19 @@ def _fit(
             train_dataset=data.train,
             data_collator=data.collator,
             processing_class=tokenizer,
-            callbacks=[callback] if dynamic is None else [callback, dynamic],
+            callbacks=[callback, *filter(None, callbacks)],
         )
-        if dynamic is not None:
-            dynamic.log_with(trainer)
+        for each in callbacks:
+            if isinstance(each, RankCallback):
+                each.log_with(trainer)
         trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
         trainer.train()
     seconds["evaluate"] = callback.seconds
     seconds["train"] = time.perf_counter() - started - callback.seconds
+    for each in callbacks:
+        if isinstance(each, GradientTracker):
+            seconds["track"] = each.seconds
+            seconds["train"] -= each.seconds
     losses = [
         TrainLoss(step=int(entry["step"]), loss=float(entry["loss"]))
         for entry in trainer.state.log_history
