@@ -1,4 +1,4 @@
-"""Commands that show what was saved: inspect, report."""
+"""Commands that look at what was saved: inspect, report, landscape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rankwise.cli.app import COLUMN_HELP, stdout
+from rankwise.cli.app import COLUMN_HELP, stderr, stdout
 
 
 def inspect(
@@ -48,3 +48,48 @@ def report(
 
     stdout.print(write_report(paths, out, card=card))
     stdout.print(f"report: {out}")
+
+
+def landscape(
+    run: Annotated[Path, typer.Argument(help="A folder that `rankwise train` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Another file than landscape.json in that folder.")
+    ] = None,
+    points: Annotated[
+        int, typer.Option(help="Points along each direction; odd. The cost is its square.")
+    ] = 11,
+    span: Annotated[
+        float, typer.Option(help="How far to go, in lengths of the trained parameters.")
+    ] = 1.0,
+    normalise: Annotated[
+        str,
+        typer.Option(
+            help="norm: a direction is as long as all trained parameters; filter: each of its rows "
+            "is as long as theirs."
+        ),
+    ] = "norm",
+    batches: Annotated[int, typer.Option(help="Held-out batches behind every point.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the two directions.")] = 0,
+) -> None:
+    """Measure the held-out loss on a plane of two random directions through a run's solution.
+
+    Says first how many forward passes that takes. `rankwise report RUN` draws the result.
+    """
+    from rankwise.training.landscape import LandscapeSettings, run_landscape
+
+    settings = LandscapeSettings(
+        points=points,
+        span=span,
+        normalisation=normalise,  # type: ignore[arg-type]
+        batches=batches,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    found = run_landscape(run, settings, out=out, notify=stderr.print)
+    middle = found.loss[points // 2][points // 2]
+    known = [loss for row in found.loss for loss in row if loss is not None]
+    stdout.print(
+        f"loss {middle:.4f} at the solution, {min(known):.4f} to {max(known):.4f} on the plane "
+        f"({found.tokens:,} tokens, {found.seconds:.0f} s)"
+    )

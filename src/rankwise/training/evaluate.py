@@ -31,6 +31,21 @@ def held_out_loss(
     Raises:
         DataError: No token carries a label, or the loss is not finite.
     """
+    total, tokens = summed_loss(model, batches)
+    if not math.isfinite(total):
+        raise DataError(
+            f"the held-out loss at step {step} is {total / tokens}: training diverged or the data "
+            "is broken; lower training.learning_rate."
+        )
+    return HeldOutLoss(step=step, loss=total / tokens, tokens=tokens)
+
+
+def summed_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+    """Negative log-likelihood summed over all labelled tokens, which may overflow, and their count.
+
+    Raises:
+        DataError: No token carries a label.
+    """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     training = model.training
@@ -47,12 +62,7 @@ def held_out_loss(
         model.train(training)
     if tokens == 0:
         raise DataError("the held-out data has no labelled token.")
-    if not math.isfinite(total):
-        raise DataError(
-            f"the held-out loss at step {step} is {total / tokens}: training diverged or the data "
-            "is broken; lower training.learning_rate."
-        )
-    return HeldOutLoss(step=step, loss=total / tokens, tokens=tokens)
+    return total, tokens
 
 
 class HeldOutCallback(TrainerCallback):
