@@ -17,6 +17,7 @@ RECORD_FILE = "record.json"
 PLAN_FILE = "plan.json"
 PROFILE_FOLDER = "profile"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+EVENTS_FILE = "rank_events.json"
 
 ArtifactKind = Literal["profile", "plan", "run", "record", "adapter"]
 

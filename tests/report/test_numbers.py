@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page, dict[str
 def test_the_page_holds_the_json(made: tuple[Path, Page, dict[str, Any]]) -> None:
     _, page, document = made
     assert page.data("report") == document
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     assert page.values
     assert set(page.values) <= numbers(document)
 

@@ -12,7 +12,7 @@ from rankwise.methods import Lora, RaLora, WaterFill
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling.profile import GradientProfile
 from rankwise.report.health import health
-from rankwise.report.load import report_of
+from rankwise.report.load import SourceRun, report_of
 from rankwise.report.panels import serving_table
 from rankwise.report.plan_view import VLLM_RANKS, view_of_plan
 from rankwise.report.views import Report
@@ -64,13 +64,13 @@ def test_what_is_wrong_with_a_profile_is_said() -> None:
 
 def test_what_does_not_belong_together_is_said() -> None:
     plan = Lora(r=2).plan(make_profile())
-    one = (make_record(plan), "a")
-    same = verdicts(report_of(runs=[one, (make_record(plan, seed=8), "b")]))
+    one = SourceRun(make_record(plan), "a")
+    same = verdicts(report_of(runs=[one, SourceRun(make_record(plan, seed=8), "b")]))
     assert same["base models"] == ("the same", True)
     assert same["package versions"] == ("torch 2.13.0", True)
     assert same["seeds"] == ("7 and 8", True)
     other = make_record(plan, model_fingerprint="ff", versions={"torch": "2.8"}, commit="ab-dirty")
-    mixed = verdicts(report_of(runs=[one, (other, "b")]))
+    mixed = verdicts(report_of(runs=[one, SourceRun(other, "b")]))
     assert mixed["base models"] == ("2 different", False)
     assert mixed["package versions"] == ("torch differ", False)
     assert mixed["seeds"] == ("7", False)

@@ -16,13 +16,33 @@ from rankwise.records import RunRecord
 from rankwise.report.plan_view import plan_of_run, view_of_plan
 from rankwise.report.profile_view import view_of_profile
 from rankwise.report.run_view import view_of_run
+from rankwise.report.training_view import RunExtras, read_extras
 from rankwise.report.update_view import view_of_adapter
 from rankwise.report.views import PlanView, ProfileView, Report, RunView, UpdateView
+from rankwise.run_files import Analysis
 
 ADAPTER_FOLDER = "adapter"
 """Where a run folder keeps its adapter."""
 
 V = TypeVar("V", ProfileView, PlanView, UpdateView)
+
+
+@dataclass(frozen=True)
+class SourceRun:
+    """A run record, the name of its folder, and what else lies there."""
+
+    record: RunRecord
+    folder: str
+    extras: RunExtras = field(default_factory=RunExtras)
+
+
+@dataclass(frozen=True)
+class SourceAdapter:
+    """An adapter's folder, the name to be told apart by, and what its run recorded of it."""
+
+    folder: Path
+    name: str
+    analysis: Analysis | None = None
 
 
 @dataclass
@@ -31,8 +51,8 @@ class _Sources:
 
     profiles: list[GradientProfile] = field(default_factory=list)
     plans: list[RankPlan | SavedRun] = field(default_factory=list)
-    runs: list[tuple[RunRecord, str]] = field(default_factory=list)
-    adapters: list[tuple[Path, str]] = field(default_factory=list)
+    runs: list[SourceRun] = field(default_factory=list)
+    adapters: list[SourceAdapter] = field(default_factory=list)
 
 
 def load_report(paths: Sequence[Path]) -> Report:
@@ -58,16 +78,16 @@ def report_of(
     *,
     profiles: Sequence[GradientProfile] = (),
     plans: Sequence[RankPlan | SavedRun] = (),
-    runs: Sequence[tuple[RunRecord, str]] = (),
-    adapters: Sequence[tuple[Path, str]] = (),
+    runs: Sequence[SourceRun] = (),
+    adapters: Sequence[SourceAdapter] = (),
 ) -> Report:
     """The report of what was read.
 
     Args:
         profiles: Gradient profiles.
         plans: Plans, or runs with or without one.
-        runs: Run records, each with the name of its folder.
-        adapters: Adapter folders, each with the name to be told apart by.
+        runs: Run records with what lies beside them.
+        adapters: Adapter folders.
 
     Raises:
         FileError: One of them holds nothing to show.
@@ -79,15 +99,19 @@ def report_of(
             if isinstance(plan, SavedRun)
             else view_of_plan(plan, profiles)
             for plan in plans
+            if isinstance(plan, RankPlan) or plan.plan is not None or plan.record.ranks
         ]
     )
     order = [name for view in profile_views for name in view.modules]
     order += [name for view in plan_views for name in view.modules]
     updates = [
-        replace(view_of_adapter(folder, list(dict.fromkeys(order))), label=name)
-        for folder, name in adapters
+        replace(
+            view_of_adapter(each.folder, list(dict.fromkeys(order)), each.analysis),
+            label=each.name,
+        )
+        for each in adapters
     ]
-    run_views = _label_runs([view_of_run(record, folder) for record, folder in runs])
+    run_views = _label_runs([view_of_run(run.record, run.folder, run.extras) for run in runs])
     return Report(run_views, profile_views, plan_views, _once(updates))
 
 
@@ -99,16 +123,19 @@ def _read(path: Path, sources: _Sources) -> None:
     elif kind == "plan":
         sources.plans.append(RankPlan.load(path))
     elif kind == "adapter":
-        sources.adapters.append((path, _adapter_name(named)))
+        sources.adapters.append(SourceAdapter(path, _adapter_name(named)))
     else:
         saved = load_run(path) if kind == "run" else SavedRun(RunRecord.load(path))
-        sources.runs.append((saved.record, named.name if kind == "run" else named.parent.name))
+        extras = read_extras(path) if kind == "run" else RunExtras()
+        folder = named.name if kind == "run" else named.parent.name
+        sources.runs.append(SourceRun(saved.record, folder, extras))
         sources.plans.append(saved)
         if saved.profile is not None:
             sources.profiles.append(saved.profile)
         adapter = path / ADAPTER_FOLDER
         if kind == "run" and (adapter / ADAPTER_CONFIG_FILE).is_file():
-            sources.adapters.append((adapter, saved.record.method))
+            method = saved.record.method
+            sources.adapters.append(SourceAdapter(adapter, method, extras.analysis))
 
 
 def _adapter_name(folder: Path) -> str:

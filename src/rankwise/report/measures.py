@@ -159,9 +159,27 @@ UPDATE_MEASURES = (
         "update_norm",
         "Update norm",
         "units of weight",
-        "How far training moved the module: the Frobenius norm of the scaled update s·B·A.",
+        "How far training moved the module: the Frobenius norm of the scaled update, s·B·A or "
+        "s·f(B·A).",
         scientific,
         10,
+    ),
+    Measure(
+        "condition_number",
+        "Condition number",
+        "largest over smallest",
+        "Of LR-LoRA's basis functions on the entries of U: the larger, the less the amplitudes say "
+        "one by one.",
+        scientific,
+        10,
+    ),
+    Measure(
+        "precise_directions",
+        "Directions above 1e-6",
+        "dimensions",
+        "How many independent directions the K basis functions span on the entries of U, to a "
+        "millionth of the largest.",
+        whole,
     ),
 )
 

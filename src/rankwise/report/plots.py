@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from rankwise.report.labels import kind_labels, plain
-from rankwise.report.views import Report
+from rankwise.report.views import Report, RunView
 from rankwise.report.words import short
 from rankwise.targets import layer_position
 
@@ -22,7 +22,9 @@ def variant(label: str, reading: str, figure: go.Figure, **facts: Any) -> Varian
     return {"label": label, "reading": reading, "figure": figure.to_plotly_json(), **facts}
 
 
-def line(x: Sequence[float], y: Sequence[float], name: str, series: int, **more: Any) -> go.Scatter:
+def line(
+    x: Sequence[float], y: Sequence[float | None], name: str, series: int, **more: Any
+) -> go.Scatter:
     """A line with markers in the symbol of its series; the page's styles hold its colour."""
     options: dict[str, Any] = {
         "mode": "lines+markers",
@@ -102,6 +104,7 @@ def loss_variants(report: Report) -> list[Variant]:
                     "<br>perplexity %{customdata}<extra></extra>",
                 )
             )
+        front += _event_marks(run, series)
     if not behind and not front:
         return []
     few = max(run.steps for run in report.runs) < 8
@@ -110,7 +113,33 @@ def loss_variants(report: Report) -> list[Variant]:
         axis("optimizer steps", tickformat=",d", dtick=1 if few else None),
         axis("loss, nats per token"),
     )
-    return [variant("", _LOSS, figure)]
+    moved = any(run.events for run in report.runs)
+    return [variant("", f"{_LOSS} {_EVENTS}" if moved else _LOSS, figure)]
+
+
+def _event_marks(run: RunView, series: int) -> list[go.Scatter]:
+    """Where ranks moved, on the run's curve: at its last loss up to the event."""
+    points = sorted(run.train_loss or run.held_out, key=lambda point: point.step)
+    placed = [(e, [p.loss for p in points if p.step <= e.step]) for e in run.events]
+    placed = [(event, losses) for event, losses in placed if losses]
+    if not placed:
+        return []
+    return [
+        line(
+            [event.step for event, _ in placed],
+            [losses[-1] for _, losses in placed],
+            f"{run.label}: ranks moved",
+            series,
+            mode="markers",
+            marker={"symbol": "triangle-down", "size": 12, "line": {"width": 1}},
+            meta={"series": series, "part": "events"},
+            customdata=[
+                f"{e.grew} modules grew, {e.shrank} shrank<br>{e.used:,} of {e.budget:,} parameters"
+                for e, _ in placed
+            ],
+            hovertemplate="%{fullData.name}, step %{x}<br>%{customdata}<extra></extra>",
+        )
+    ]
 
 
 def curve_variants(report: Report) -> list[Variant]:
@@ -229,11 +258,11 @@ def fisher_variants(report: Report) -> list[Variant]:
                 _FISHER,
                 figure,
                 numbers=[
-                    ["Pearson, GID and log F", facts.pearson_log],
-                    ["Pearson, GID and 1/F", facts.pearson_inverse],
-                    ["Spearman, GID and F", facts.spearman],
-                    ["modules", facts.modules],
-                    ["left out, without gradient or F", facts.left_out],
+                    ["Pearson, GID and log F", facts.pearson_log, "signed"],
+                    ["Pearson, GID and 1/F", facts.pearson_inverse, "signed"],
+                    ["Spearman, GID and F", facts.spearman, "signed"],
+                    ["modules", facts.modules, "whole"],
+                    ["left out, without gradient or F", facts.left_out, "whole"],
                 ],
             )
         )
@@ -245,6 +274,7 @@ _LOSS = (
     "lines are the loss on the training batches, which jumps from batch to batch. Step 0 is the "
     "model before training."
 )
+_EVENTS = "Triangles mark events at which ranks moved."
 _CURVE = (
     "How much of the measured gradient's energy a budget can hold: where the curve turns flat, "
     "more rank buys little. The ring marks the recommended budget."

@@ -172,6 +172,11 @@ def _rank_reading(plan: PlanView) -> str:
 
 
 def _stable_reading(update: UpdateView) -> str:
+    if update.kind == "lrlora":
+        return (
+            "How many directions each learned update s·f(B·A) really uses; f can lift it above the "
+            "rank of B·A, up to the smaller side of the layer."
+        )
     ranks = [module.rank * module.blocks for module in update.modules.values()]
     given = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
     return (
@@ -185,6 +190,6 @@ _HISTOGRAM = (
     "spread one that follows the gradients."
 )
 _UPDATES = (
-    "Median over the layers of each singular value of the scaled update s·B·A. A line that drops "
-    "early has learned few directions; a flat one uses the rank it was given."
+    "Median over the layers of each singular value of the scaled update, s·B·A or s·f(B·A). A line "
+    "that drops early has learned few directions; a flat one uses the rank it was given."
 )

@@ -7,6 +7,14 @@ from typing import Any
 
 from rankwise.records import RunRecord
 from rankwise.report.plan_view import recorded_plan, scalars
+from rankwise.report.training_view import (
+    RunExtras,
+    event_views,
+    landscape_view,
+    learned_view,
+    rank_history,
+    tracking_view,
+)
 from rankwise.report.views import LossPoint, RunView
 
 # what of a run's configuration a reader needs to judge its numbers
@@ -24,9 +32,16 @@ _SETTINGS = {
 }
 
 
-def view_of_run(record: RunRecord, folder: str) -> RunView:
-    """All that the report says of a run."""
-    recorded = recorded_plan(record)
+def view_of_run(record: RunRecord, folder: str, extras: RunExtras | None = None) -> RunView:
+    """All that the report says of a run.
+
+    Raises:
+        FileError: Its files do not belong together.
+    """
+    recorded = recorded_plan(record) if record.ranks else None
+    extras = extras or RunExtras()
+    events = extras.events or []
+    steps = [point.step for point in record.held_out] + [p.step for p in record.train_loss]
     dtype = record.config.get("dtype")
     settings: dict[str, Any] = {}
     for section, keys in _SETTINGS.items():
@@ -45,8 +60,8 @@ def view_of_run(record: RunRecord, folder: str) -> RunView:
         model_fingerprint=record.model_fingerprint,
         seed=record.seed,
         trainable_parameters=record.trainable_parameters,
-        ranks=recorded.ranks,
-        blocks=recorded.blocks,
+        ranks=None if recorded is None else recorded.ranks,
+        blocks=None if recorded is None else recorded.blocks,
         held_out=[
             LossPoint(
                 point.step,
@@ -67,4 +82,9 @@ def view_of_run(record: RunRecord, folder: str) -> RunView:
         hardware=dict(record.hardware),
         commit=record.commit,
         finished=record.finished,
+        events=event_views(events),
+        rank_history=rank_history(events, record.ranks, max(steps, default=0)),
+        tracking=None if extras.tracking is None else tracking_view(extras.tracking),
+        learned=None if extras.analysis is None else learned_view(extras.analysis),
+        landscape=None if extras.landscape is None else landscape_view(extras.landscape),
     )

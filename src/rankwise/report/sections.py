@@ -21,8 +21,15 @@ from rankwise.report.rank_plots import (
     update_variants,
 )
 from rankwise.report.tables import comparison_table, data_cell, module_table, outside_table
+from rankwise.report.training_plots import (
+    function_variants,
+    history_variants,
+    landscape_variants,
+    learned_variants,
+    tracking_variants,
+)
 from rankwise.report.views import Check, Report, RunView
-from rankwise.report.words import whole
+from rankwise.report.words import loss, short, whole
 
 Plots = Mapping[str, Sequence[Variant]]
 
@@ -30,11 +37,16 @@ PLOTS: dict[str, tuple[str, Callable[[Report], list[Variant]]]] = {
     "loss": ("Loss", loss_variants),
     "ranks": ("Ranks against uniform", rank_variants),
     "histogram": ("How many modules got which rank", histogram_variants),
+    "history": ("Ranks over training", history_variants),
+    "tracking": ("Gradients over training", tracking_variants),
+    "functions": ("What LR-LoRA learned: f over U", function_variants),
+    "learned": ("LR-LoRA's updates over training", learned_variants),
     "curve": ("How much rank to buy", curve_variants),
     "convergence": ("Were the batches enough", convergence_variants),
     "fisher": ("GID against Fisher information", fisher_variants),
     "updates": ("Spectra of the learned updates", update_variants),
     "stable-ranks": ("Stable rank of the learned updates", stable_rank_variants),
+    "landscape": ("The loss around the solution", landscape_variants),
 }
 """Every plot by the name of its section: its title, and what makes its variants."""
 
@@ -118,15 +130,22 @@ def _plot(name: str, variants: Sequence[Variant]) -> str:
 
 def _numbers(variant: Variant) -> str:
     rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>"
-        f"{data_cell(value, _signed if isinstance(value, float) else whole)}</dd></div>"
-        for name, value in variant["numbers"]
+        f"<div><dt>{escape(name)}</dt><dd>{data_cell(value, _SHOWS[show])}</dd></div>"
+        for name, value, show in variant["numbers"]
     )
     return f'<h3>{escape(variant["label"])}</h3><dl class="facts">{rows}</dl>'
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
+
+
+_SHOWS: dict[str, Callable[[float], str]] = {
+    "signed": _signed,
+    "whole": whole,
+    "loss": loss,
+    "short": short,
+}
 
 
 def _heatmap(groups: Sequence[Mapping[str, Any]]) -> str:

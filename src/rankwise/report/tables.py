@@ -75,7 +75,9 @@ def _comparison_cells(run: RunView) -> list[str]:
     blocks = run.blocks
     return [
         data_cell(run.trainable_parameters, whole),
-        data_cell(blocks.min, whole)
+        "–"
+        if blocks is None
+        else data_cell(blocks.min, whole)
         if blocks.min == blocks.max
         else f"{data_cell(blocks.mean, short)} ({data_cell(blocks.min, whole)} to "
         f"{data_cell(blocks.max, whole)})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,30 +19,62 @@ from rankwise.artifacts import read_adapter_config
 from rankwise.errors import FileError
 from rankwise.files import read_tensors
 from rankwise.plan.block_options import BLOCK_CHOICES
+from rankwise.report.lr_updates import lr_parts, lr_updates
 from rankwise.report.sampling import POINTS, places, sampled
 from rankwise.report.views import ModuleUpdate, UpdateView
-from rankwise.spectra import effective_rank, stable_rank
-from rankwise.targets import layer_position
+from rankwise.run_files import Analysis
+from rankwise.spectra import effective_rank, singular_values, stable_rank
+from rankwise.targets import LinearShape, layer_position
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _Scaling = Callable[[str, int, int], float]
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.((?:ra)?lora)_([AB])\.weight")
 
 
-def view_of_adapter(folder: Path, order: Sequence[str] = ()) -> UpdateView:
-    """The learned updates of a LoRA or RaLoRA adapter.
+def view_of_adapter(
+    folder: Path, order: Sequence[str] = (), analysis: Analysis | None = None
+) -> UpdateView:
+    """The learned updates of a LoRA, RaLoRA or LR-LoRA adapter.
 
     Args:
         folder: What `save_pretrained` wrote.
         order: Module names in model order, as far as they are known.
+        analysis: What the run recorded of its LR-LoRA updates, if it did.
 
     Raises:
-        FileError: A file is missing, malformed or not finite, or the update is not `s B A`.
+        FileError: A file is missing, malformed or not finite, or the update is neither `s B A` nor
+            `s f(B A)`.
     """
     config = read_adapter_config(folder)
     kind = str(config.get("peft_type", "")).lower()
-    scaling = _scaling(config, kind, folder)
     tensors = read_tensors(folder / WEIGHTS_FILE, "adapter weights")
+    if kind == "lrlora":
+        spectra, modules, other = _lr_lora(config, tensors, analysis or Analysis(), folder)
+    else:
+        spectra, modules, other = _low_rank(config, kind, tensors, folder)
+    known = {name: i for i, name in enumerate(order)}
+    names = sorted(modules, key=lambda name: (known.get(name, len(known)), _natural(name)))
+    return UpdateView(
+        label=f"{kind} adapter",
+        kind=kind,
+        base=_without_folders(str(config.get("base_model_name_or_path") or "")),
+        modules={name: modules[name] for name in names},
+        sampled_at={
+            str(count): list(places(count)) for count in sorted({len(s) for s in spectra.values()})
+        },
+        median_spectra=_medians({name: spectra[name] for name in names}),
+        other_tensors=other,
+    )
+
+
+_Found = tuple[dict[str, Tensor], dict[str, ModuleUpdate], int]
+
+
+def _low_rank(
+    config: Mapping[str, Any], kind: str, tensors: Mapping[str, Tensor], folder: Path
+) -> _Found:
+    """Spectra and numbers of `s B A` by module, and how many tensors are no factor."""
+    scaling = _scaling(config, kind, folder)
     factors: dict[str, dict[str, Tensor]] = {}
     other = 0
     for key, tensor in tensors.items():
@@ -52,25 +85,36 @@ def view_of_adapter(folder: Path, order: Sequence[str] = ()) -> UpdateView:
             factors.setdefault(match[1], {})[match[3]] = tensor
     if not factors:
         raise FileError(f"{folder / WEIGHTS_FILE}: holds no {kind} factors of linear layers.")
-    known = {name: i for i, name in enumerate(order)}
-    names = sorted(factors, key=lambda name: (known.get(name, len(known)), _natural(name)))
     spectra: dict[str, Tensor] = {}
     modules: dict[str, ModuleUpdate] = {}
-    for name in names:
+    for name in factors:
         a, b = _pair(factors[name], name, folder)
-        spectra[name] = update_spectrum(a, b) * scaling(name, *a.shape[:2])
-        modules[name] = _module(a, b, spectra[name])
-    return UpdateView(
-        label=f"{kind} adapter",
-        kind=kind,
-        base=_without_folders(str(config.get("base_model_name_or_path") or "")),
-        modules=modules,
-        sampled_at={
-            str(count): list(places(count)) for count in sorted({len(s) for s in spectra.values()})
-        },
-        median_spectra=_medians(spectra),
-        other_tensors=other,
-    )
+        blocks, rank, width = a.shape
+        spectra[name] = update_spectrum(a, b) * scaling(name, blocks, rank)
+        shape = LinearShape(blocks * width, blocks * b.shape[1])
+        modules[name] = _module(shape, rank, blocks, spectra[name])
+    return spectra, modules, other
+
+
+def _lr_lora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], analysis: Analysis, folder: Path
+) -> _Found:
+    """The same of `s f(B A)`, which has as many singular values as its smaller side."""
+    parts = lr_parts(tensors)
+    if not parts:
+        raise FileError(f"{folder / WEIGHTS_FILE}: holds no lrlora factors of linear layers.")
+    spectra: dict[str, Tensor] = {}
+    modules: dict[str, ModuleUpdate] = {}
+    for name, update in lr_updates(config, parts, folder):
+        spectra[name] = singular_values(update)
+        shape = LinearShape(update.shape[1], update.shape[0])
+        recorded = analysis.conditioning.get(name, {})
+        modules[name] = replace(
+            _module(shape, len(parts[name]["A"]), 1, spectra[name]),
+            condition_number=recorded.get("condition_number"),
+            precise_directions=recorded.get("directions_at_1e-6"),
+        )
+    return spectra, modules, len(tensors) - sum(len(own) for own in parts.values())
 
 
 def update_spectrum(
@@ -87,11 +131,10 @@ def update_spectrum(
     return values.flatten().sort(descending=True).values
 
 
-def _module(a: Tensor, b: Tensor, spectrum: Tensor) -> ModuleUpdate:
-    blocks, rank, width = a.shape
+def _module(shape: LinearShape, rank: int, blocks: int, spectrum: Tensor) -> ModuleUpdate:
     return ModuleUpdate(
-        d_in=blocks * width,
-        d_out=blocks * b.shape[1],
+        d_in=shape.d_in,
+        d_out=shape.d_out,
         rank=rank,
         blocks=blocks,
         update_norm=float(spectrum.norm()),
@@ -106,7 +149,7 @@ def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> _Scaling:
     if kind not in ("lora", "ralora"):
         raise FileError(
             f"{folder}: is an adapter of type {kind or 'unknown'!r}; the report reads the updates "
-            "of lora and ralora."
+            "of lora, ralora and lrlora."
         )
     if config.get("use_dora"):
         raise FileError(f"{folder}: is a DoRA adapter, whose update is not s B A.")

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 2
+from rankwise.report.training_views import (
+    EventView,
+    LandscapeView,
+    LearnedView,
+    RankHistory,
+    TrackingView,
+)
+
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,10 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run record as the report shows it."""
+    """A run record as the report shows it, with what else its folder holds.
+
+    `ranks` and `blocks` are None for full fine-tuning, which has none.
+    """
 
     label: str
     folder: str
@@ -209,8 +220,8 @@ class RunView:
     model_fingerprint: str
     seed: int
     trainable_parameters: int
-    ranks: Spread
-    blocks: Spread
+    ranks: Spread | None
+    blocks: Spread | None
     held_out: list[LossPoint]
     train_loss: list[LossPoint]
     seconds: dict[str, float]
@@ -223,6 +234,11 @@ class RunView:
     hardware: dict[str, str | int]
     commit: str | None
     finished: str
+    events: list[EventView] = field(default_factory=list)
+    rank_history: RankHistory | None = None
+    tracking: TrackingView | None = None
+    learned: LearnedView | None = None
+    landscape: LandscapeView | None = None
 
     @property
     def steps(self) -> int:
@@ -243,6 +259,8 @@ class ModuleUpdate:
         update_stable_rank: Squared singular values summed, over the largest.
         update_rank: Entropy effective rank.
         singular_values: Largest first, at the places that `UpdateView.sampled_at` names.
+        condition_number: Of LR-LoRA's map from its parameters to the update, where recorded.
+        precise_directions: Directions of that map above 1e-6 of the largest, where recorded.
     """
 
     d_in: int
@@ -253,6 +271,8 @@ class ModuleUpdate:
     update_stable_rank: float
     update_rank: float
     singular_values: list[float]
+    condition_number: float | None = None
+    precise_directions: float | None = None
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,11 @@ def _sizes(runs: Sequence[RunView]) -> list[str]:
 
 
 def _blocks(runs: Sequence[RunView]) -> list[str]:
-    blocked = {run.method: run for run in runs if run.blocks.max > 1}
+    blocked = {run.method: run.blocks for run in runs if run.blocks and run.blocks.max > 1}
     return [
-        f"The gradients asked for {short(run.blocks.mean)} blocks per module on average with "
-        f"{method} ({run.blocks.min:g} to {run.blocks.max:g})."
-        for method, run in blocked.items()
+        f"The gradients asked for {short(blocks.mean)} blocks per module on average with "
+        f"{method} ({blocks.min:g} to {blocks.max:g})."
+        for method, blocks in blocked.items()
     ]
 
 
@@ -214,6 +214,11 @@ def _plans(plans: Sequence[PlanView]) -> str:
 def _update(update: UpdateView) -> str:
     modules = update.modules.values()
     used = sum(module.update_stable_rank for module in modules) / len(modules)
+    if update.kind == "lrlora":
+        return (
+            f"The learned updates of {update.label} use {short(used)} directions a module on "
+            "average (stable rank); f(B·A) is not bound by the rank of B·A."
+        )
     given = sum(module.rank * module.blocks for module in modules) / len(modules)
     return (
         f"The learned updates of {update.label} use {short(used)} directions a module on average "

@@ -28,7 +28,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from rankwise.adapters import attach
-from rankwise.artifacts import PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
+from rankwise.artifacts import EVENTS_FILE, PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
 from rankwise.dynamic import RankCallback, RankEvent
 from rankwise.errors import ConfigError
 from rankwise.files import check_replaceable, new_folder, write_text
@@ -56,7 +56,6 @@ ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 """Where a fully fine-tuned run keeps the whole model."""
 CONFIG_FILE = "run.yaml"
-EVENTS_FILE = "rank_events.json"
 Notify = Callable[[str], None]
 
 # transformers 5 renamed the option on the way and warns at the old name

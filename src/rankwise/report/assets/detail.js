@@ -55,7 +55,8 @@ function moduleFacts(name) {
     if (m === undefined) continue;
     lists.push(factList("learned " + view.label, [
       ["stable rank", m.update_stable_rank, short], ["effective rank", m.update_rank, short],
-      ["update norm", m.update_norm, short],
+      ["update norm", m.update_norm, short], ["condition number", m.condition_number, short],
+      ["directions above 1e-6", m.precise_directions, whole],
     ]));
   }
   return lists;
@@ -77,7 +78,8 @@ function updateCurves(name) {
   report.updates.forEach((view, series) => {
     const m = view.modules[name];
     if (m === undefined || m.update_norm === 0) return;
-    const at = view.sampled_at[String(m.rank * m.blocks)];
+    const most = view.kind === "lrlora" ? Math.min(m.d_in, m.d_out) : m.rank * m.blocks;
+    const at = view.sampled_at[String(most)];
     found.push({ x: at, y: m.singular_values, name: plain(view.label), series });
   });
   return found;

@@ -4,6 +4,13 @@ const marker = document.createElement("div");
 marker.className = "chosen-cell";
 marker.hidden = true;
 
+// Beside the plot; below it where the page is narrow.
+function scaleBar(bar, plot) {
+  return narrow(plot)
+    ? { outlinewidth: 0, ...bar, orientation: "h", y: -0.18, yanchor: "top", thickness: 10, title: { ...bar.title, side: "bottom" } }
+    : { outlinewidth: 0, ...bar, thickness: 14, title: { ...bar.title, side: "right" } };
+}
+
 function drawPlot(plot) {
   const name = plot.dataset.plot;
   const radio = document.querySelector(`input[name="plot-${name}"]:checked`);
@@ -11,7 +18,8 @@ function drawPlot(plot) {
   const training = document.getElementById("show-training")?.checked ?? true;
   const traces = variant.figure.data
     .filter((trace) => training || trace.meta?.part !== "training")
-    .map(colored);
+    .map(colored)
+    .map((trace) => (trace.colorbar ? { ...trace, colorbar: scaleBar(trace.colorbar, plot) } : trace));
   const layout = themed(variant.figure.layout, plot);
   // A legend above takes rows away from the plot on a narrow page.
   layout.height += narrow(plot) ? Math.min(22 * traces.length, 160) : 0;

@@ -56,6 +56,7 @@ function dataTag(value, show) {
 
 function themed(layout, plot) {
   const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false };
+  const axes = Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key));
   const font = { family: getComputedStyle(document.body).fontFamily, color: css("--ink") };
   return {
     ...layout,
@@ -65,8 +66,9 @@ function themed(layout, plot) {
     font: { ...font, size: narrow(plot) ? 12 : 13 },
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font, align: "left" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
-    xaxis: { ...axis, ...layout.xaxis },
-    yaxis: { ...axis, ...layout.yaxis },
+    ...Object.fromEntries(axes.map((key) => [key, { ...axis, ...layout[key] }])),
+    // shapes without a colour of their own are marks that belong to the page's colours
+    shapes: (layout.shapes ?? []).map((shape) => ({ ...shape, line: { color: css("--soft"), ...shape.line } })),
   };
 }
 
@@ -74,7 +76,8 @@ function themed(layout, plot) {
 function colored(trace) {
   const colors = css("--series").split(/\s+/);
   const meta = trace.meta ?? {};
-  const color = meta.ink ? css("--ink") : colors[(meta.series ?? 0) % colors.length];
+  if (meta.keep || trace.z) return trace;
+  const color = meta.soft ? css("--soft") : meta.ink ? css("--ink") : colors[(meta.series ?? 0) % colors.length];
   const made = { ...trace, marker: { ...trace.marker, color } };
   if (trace.type !== "bar") made.line = { ...trace.line, color };
   if (meta.ink) made.marker.line = { ...trace.marker?.line, color };
