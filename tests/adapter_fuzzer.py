@@ -1,4 +1,4 @@
-"""Broken copies of an adapter's files, and what loading them may do."""
+"""Broken copies of adapters, plans and profiles, and what loading them may do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -70,6 +71,34 @@ def fuzz(
         except RankwiseError as error:
             outcomes[type(error).__name__] += 1
             assert {name for name, _ in model.named_modules()} == names, "the model was changed"
+        seconds = time.perf_counter() - started
+        assert seconds < SECONDS, f"{seconds:.1f} s for {target.read_bytes()[:200]!r}"
+    return outcomes
+
+
+def fuzz_files(
+    load: Callable[[Path], object], original: Path, scratch: Path, runs: int, seed: int
+) -> Counter[str]:
+    """The same for what `load` reads from a file, or from a folder of files.
+
+    What can be loaded must also show itself.
+    """
+    draw = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    files = sorted(p.name for p in original.iterdir()) if original.is_dir() else [original.name]
+    source = original if original.is_dir() else original.parent
+    scratch.mkdir()
+    for _ in range(runs):
+        for name in files:
+            shutil.copyfile(source / name, scratch / name)
+        target = scratch / draw.choice(files)
+        target.write_bytes(mutated(target.read_bytes(), draw))
+        started = time.perf_counter()
+        try:
+            str(load(scratch if original.is_dir() else target))
+            outcomes["loaded"] += 1
+        except RankwiseError as error:
+            outcomes[type(error).__name__] += 1
         seconds = time.perf_counter() - started
         assert seconds < SECONDS, f"{seconds:.1f} s for {target.read_bytes()[:200]!r}"
     return outcomes

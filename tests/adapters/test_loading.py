@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -11,85 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 
 from adapter_fuzzer import fuzz
-from contracts import train_by_chance_
-from rankwise import ModulePlan, RaLoraConfig, RankPlan, attach, export_lora, load_adapter
-from rankwise.errors import FileError
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-A_NAME = "base_model.model.first.ralora_A.weight"
-
-
-class TwoLayers(nn.Module):
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
-            self.norm = nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.second(torch.tanh(self.first(x))))
-
-
-X = torch.linspace(-1, 1, 48).reshape(3, 16)
-
-
-def make_ralora(folder: Path, **options: Any) -> Tensor:
-    plan = RankPlan(
-        "by hand",
-        "ralora",
-        r_ref=2,
-        alpha=4.0,
-        budget=None,
-        modules={"first": ModulePlan(16, 24, 2, 4), "second": ModulePlan(24, 16, 3, 2)},
-    )
-    model = attach(TwoLayers(), plan, **options)
-    train_by_chance_(model)
-    model.save_pretrained(folder)
-    return model.eval()(X).detach()
-
-
-def make_lora(folder: Path, **options: Any) -> Tensor:
-    config = LoraConfig(
-        r=4,
-        target_modules=["first", "second"],
-        rank_pattern={"^second": 2},
-        alpha_pattern={"^second": 3},
-        init_lora_weights=False,
-        **options,
-    )
-    model = get_peft_model(TwoLayers(), config)
-    model.save_pretrained(folder)
-    return model.eval()(X).detach()
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def refused(folder: Path, match: str, model: nn.Module | None = None) -> None:
-    model = model or TwoLayers()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainable = [p.requires_grad for p in model.parameters()]
-    random = torch.get_rng_state()
-    with pytest.raises(FileError, match=match):
-        load_adapter(model, folder)
-    assert [p.requires_grad for p in model.parameters()] == trainable
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
+from rankwise import export_lora, load_adapter
+from saved_adapters import (
+    A_NAME,
+    CONFIG,
+    WEIGHTS,
+    TwoLayers,
+    X,
+    edit_config,
+    edit_weights,
+    make_lora,
+    make_ralora,
+    refused,
+)
 
 
 @pytest.fixture
@@ -113,6 +50,33 @@ class TestGoodAdapters:
     def test_options(self, options: dict[str, Any], tmp_path: Path) -> None:
         expected = make_ralora(tmp_path, **options)
         assert torch.equal(load_adapter(TwoLayers(), tmp_path)(X), expected)
+
+    @pytest.mark.parametrize(("make", "own"), [(make_ralora, "ralora"), (make_lora, "lora")])
+    @pytest.mark.parametrize("bias", ["all", "{own}_only"])
+    @pytest.mark.parametrize("whole", [None, ["norm"]])
+    def test_trained_biases(
+        self,
+        make: Callable[..., Tensor],
+        own: str,
+        bias: str,
+        whole: list[str] | None,
+        tmp_path: Path,
+    ) -> None:
+        bias = bias.format(own=own)
+        untouched = make(tmp_path, bias=bias, modules_to_save=whole)
+
+        def moved(tensors: dict[str, Tensor]) -> None:
+            for name in [name for name in tensors if name.endswith("bias")]:
+                tensors[name] += 0.25
+
+        edit_weights(tmp_path, moved)
+        expected = PeftModel.from_pretrained(TwoLayers(), tmp_path).eval()(X)
+        model = load_adapter(TwoLayers(), tmp_path)
+        assert torch.equal(model(X), expected)
+        assert not torch.allclose(expected, untouched)
+        trainable = load_adapter(TwoLayers(), tmp_path, trainable=True)
+        names = {n for n, p in trainable.named_parameters() if p.requires_grad and "bias" in n}
+        assert any("first.base_layer.bias" in name for name in names)
 
     @pytest.mark.parametrize("mode", ["padded", "compact"])
     def test_exports(self, folder: Path, mode: Any, tmp_path: Path) -> None:
@@ -181,6 +145,15 @@ class TestBrokenWeights:
     def test_other_dtypes(self, folder: Path) -> None:
         edit_weights(folder, lambda t: t.update({A_NAME: t[A_NAME].to(torch.int32)}))
         refused(folder, "is I32; adapters are F64, F32, F16, BF16")
+
+    def test_biases_are_checked_like_factors(self, folder: Path) -> None:
+        name = "base_model.model.first.base_layer.bias"
+        edit_weights(folder, lambda t: t.update({name: torch.zeros(24)}))
+        refused(folder, "base_layer.bias', which is unexpected")
+        edit_config(folder, bias="ralora_only")
+        refused(folder, r"lacks base_model.model.second.base_layer.bias of shape \(16,\)")
+        edit_config(folder, bias="lora_only")
+        refused(folder, "bias='lora_only' must be")
 
     def test_nothing_in_it(self, folder: Path) -> None:
         edit_weights(folder, lambda tensors: tensors.clear())
@@ -270,43 +243,6 @@ class TestBrokenConfigs:
         started = time.perf_counter()
         refused(folder, "1073741824 bytes; at most")
         assert time.perf_counter() - started < 1
-
-
-class TestWrongPlaces:
-    def test_another_base_shows_both_fingerprints(self, folder: Path) -> None:
-        refused(folder, r"fingerprint \w{16}, this one has \w{16}.*allow_other_base", TwoLayers(1))
-        load_adapter(TwoLayers(1), folder, allow_other_base=True)
-
-    @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-    def test_links_are_refused(self, folder: Path, name: str, tmp_path: Path) -> None:
-        (folder / name).rename(tmp_path / name)
-        (folder / name).symlink_to(tmp_path / name)
-        refused(folder, "is a symbolic link")
-
-    @pytest.mark.parametrize("name", ["nowhere", "a\0b"])
-    def test_no_such_folder(self, name: str, tmp_path: Path) -> None:
-        refused(tmp_path / name, "no such file|NUL")
-
-    def test_a_model_that_has_adapters(self, folder: Path) -> None:
-        model = load_adapter(TwoLayers(), folder)
-        with pytest.raises(FileError, match="has adapters already"):
-            load_adapter(model, folder)
-
-    def test_a_module_to_save_that_is_not_there(self, folder: Path) -> None:
-        edit_config(folder, modules_to_save=["head"])
-        refused(folder, "modules_to_save has 'head'")
-
-    def test_a_rank_over_the_layers(self, tmp_path: Path) -> None:
-        model = get_peft_model(TwoLayers(), RaLoraConfig(r=16, target_modules=["first"]))
-        model.save_pretrained(tmp_path)
-        edit_config(tmp_path, r=17)
-        edit_weights(
-            tmp_path,
-            lambda t: t.update(
-                {A_NAME: torch.zeros(1, 17, 16), A_NAME.replace("_A", "_B"): torch.zeros(1, 24, 17)}
-            ),
-        )
-        refused(tmp_path, "rank 17 of first exceeds its largest, 16")
 
 
 @pytest.mark.parametrize("make", [make_ralora, make_lora])

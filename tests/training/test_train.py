@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rankwise.adapters import load_adapter
 from rankwise.errors import ConfigError, DataError, FileError, PlanError, RankwiseError, TargetError
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
@@ -55,6 +56,10 @@ def test_a_run_learns_and_leaves_everything(place: Path, tmp_path: Path, method:
     loaded = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits, rtol=0, atol=0)
+    other = AutoModelForCausalLM.from_pretrained(place / "model")
+    other.model.norm.weight.data += 1
+    with pytest.raises(FileError, match=r"fingerprint \w{16}, this one has \w{16}"):
+        load_adapter(other, tmp_path / "run/adapter")
 
 
 def test_the_same_seed_gives_the_same_run(place: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_quantization_kwargs
 from torch import nn
 
+from rankwise.adapters.base_fingerprint import remember_base_
 from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.adapters.elementwise import LrLoraConfig
 from rankwise.errors import PlanError, nearest
@@ -95,13 +97,26 @@ def attach(
         PlanError: The plan does not fit the model; nothing was changed.
     """
     plan.check_fits(model, allow_other_base=allow_other_base)
+    _check_quantised(model, plan)
     if "task_type" not in options and _is_causal_lm(model):
         options["task_type"] = "CAUSAL_LM"
     config = adapter_config(plan, **options)
     config.target_modules = plan.target_modules(model)
-    if isinstance(config, RaLoraConfig):
-        config.base_fingerprint = model_fingerprint(model)
+    if not isinstance(config, LrLoraConfig):
+        remember_base_(config, model_fingerprint(model))
     return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def _check_quantised(model: nn.Module, plan: RankPlan) -> None:
+    """PEFT finds out only in the middle that it cannot quantise torchao's weights again."""
+    if "get_apply_tensor_subclass" in get_quantization_kwargs(model):
+        return
+    for name in plan.modules:
+        if hasattr(model.get_submodule(name).weight, "tensor_data_names"):
+            raise PlanError(
+                f"{name} was quantised by torchao, and PEFT cannot tell how; load the model with "
+                "AutoModelForCausalLM.from_pretrained(..., quantization_config=TorchAoConfig(...))."
+            )
 
 
 def _is_causal_lm(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankwise.adapters.base_fingerprint import fingerprint_metadata, write_base_fingerprint
 from rankwise.adapters.block_diagonal import RaLoraLinear
 from rankwise.adapters.card import model_card
 from rankwise.adapters.fuse_lora import why_not_fused
@@ -141,7 +142,7 @@ def export_lora(
     ranks = {name: pair.rank for name, pair in factors.items()}
     with new_folder(folder, marker=CONFIG_FILE) as draft:
         config.save_pretrained(str(draft))
-        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, draft / WEIGHTS_FILE, metadata=fingerprint_metadata(model, adapter))
         error = _check_lora(_twin(model, adapter), draft, example)
         exported = Exported(
             folder,
@@ -218,6 +219,7 @@ def save_native(model: PeftModel, folder: str | Path, adapter: str | None = None
         for file in (folder / adapter).iterdir():
             file.replace(folder / file.name)
         (folder / adapter).rmdir()
+    write_base_fingerprint(model, folder / WEIGHTS_FILE, adapter)
     write_text(folder / "README.md", model_card(_as_read(folder), (), native=False))
 
 

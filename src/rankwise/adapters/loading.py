@@ -7,6 +7,7 @@ tensors' names, not from the configuration's patterns.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rankwise.adapters.base_fingerprint import FINGERPRINT_KEY, remember_base_
 from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.adapters.saved_config import (
     WHAT,
@@ -35,15 +37,18 @@ from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_SAVED_TWICE = ".modules_to_save.bias"
+"""PEFT saves such a bias under the module's own name as well, and reads it from there only."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """What the header of the weights says: name -> shape."""
+    """What the header of the weights says: name -> shape, and the fingerprint of the base."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    base_fingerprint: str | None = None
 
     def fail(self, problem: str) -> FileError:
         return FileError(f"adapter weights {self.path}: {problem}")
@@ -60,8 +65,9 @@ def load_adapter(
     """Attach a saved block-diagonal or plain LoRA adapter that may come from a stranger.
 
     Use this rather than `PeftModel.from_pretrained` for files that you did not write: names,
-    shapes, dtypes and numbers are checked against the model before anything is allocated. Adapters
-    with trained biases are not read.
+    shapes, dtypes and numbers are checked against the model before anything is allocated. Biases
+    that the adapter trained become the model's, as in PEFT. Links are followed only within the
+    folder and, in a Hugging Face hub cache, to its own blobs.
 
     Args:
         model: The base model, without adapters; it is modified in place.
@@ -80,15 +86,22 @@ def load_adapter(
     path = _file(folder, CONFIG_FILE)
     saved = read_config(path)
     weights = _read_header(_file(folder, WEIGHTS_FILE))
-    _check_base(model, saved, path, allow_other_base)
+    _check_base(model, saved, path)
+    if not allow_other_base:
+        _check_fingerprint(model, saved, weights, path)
     shapes = {n: s for n, m in model.named_modules() if (s := linear_shape(m)) is not None}
     kind = "ralora" if isinstance(saved, SavedRaLora) else "lora"
     names = _adapted_modules(weights, shapes, kind)
     _check_targets(saved, names, path)
     config = peft_config(saved, names, path, trainable)
+    if weights.base_fingerprint:
+        remember_base_(config, weights.base_fingerprint)
     expected = _expected_shapes(config, {name: shapes[name] for name in names})
-    _check_shapes(weights, expected | _whole_modules(model, saved, path))
+    expected |= _whole_modules(model, saved, path) | _biases(model, saved, names)
+    _check_shapes(weights, expected)
     tensors = _read_tensors(weights)
+    for name in [name for name in tensors if name.endswith(_SAVED_TWICE)]:
+        del tensors[name]
     config.target_modules = exact_target_modules(names, [n for n, _ in model.named_modules()])
     with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it is overwritten
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
@@ -98,12 +111,15 @@ def load_adapter(
 
 
 def _file(folder: Path, name: str) -> Path:
-    """A file directly in the folder, and neither a link out of it nor a pickle."""
+    """A file of the folder, which is neither a link out of it nor a pickle."""
     if "\0" in str(folder):
         raise FileError(f"adapter folder {str(folder)!r}: a name cannot contain NUL.")
     path = folder / name
-    if path.is_symlink():
-        raise FileError(f"{path}: is a symbolic link; copy the file it points to.")
+    if path.is_symlink() and not _stays_inside(path):
+        raise FileError(
+            f"{path}: is a symbolic link out of the folder, to {path.readlink()}; copy the file it "
+            "points to."
+        )
     if not path.is_file():
         pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         hint = f" {pickles[0]} is a pickle, which is never opened." if pickles else ""
@@ -113,11 +129,23 @@ def _file(folder: Path, name: str) -> Path:
     return path
 
 
+def _stays_inside(link: Path) -> bool:
+    """Whether a link ends in its own folder, or in the blobs of the hub cache the folder is in."""
+    # unlike Path.resolve, realpath makes nothing of links in a circle
+    folder, target = (Path(os.path.realpath(path)) for path in (link.parent, link))
+    if target.parent == folder:
+        return True
+    # MODEL/snapshots/REVISION/[SUBFOLDER/]FILE -> MODEL/blobs/HASH
+    snapshots = next((p for p in folder.parents if p.name == "snapshots"), None)
+    return snapshots is not None and target.parent == snapshots.parent / "blobs"
+
+
 def _read_header(path: Path) -> _Weights:
     """Names, shapes and dtypes; safetensors bounds the header and refuses overlaps and gaps."""
     shapes = {}
     try:
         with safe_open(path, framework="pt") as tensors:
+            fingerprint = (tensors.metadata() or {}).get(FINGERPRINT_KEY)
             for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
@@ -132,12 +160,11 @@ def _read_header(path: Path) -> _Weights:
         raise FileError(
             f"adapter weights {path}: not a whole safetensors file ({error})."
         ) from error
-    return _Weights(path, shapes)
+    return _Weights(path, shapes, fingerprint)
 
 
-def _check_base(
-    model: nn.Module, saved: SavedRaLora | SavedLora, path: Path, allow_other_base: bool
-) -> None:
+def _check_base(model: nn.Module, saved: SavedRaLora | SavedLora, path: Path) -> None:
+    """Classes and modules that the configuration asks to import may only be the model's own."""
     mapping = saved.auto_mapping or {}
     here = {
         "base_model_class": type(model).__name__,
@@ -150,9 +177,17 @@ def _check_base(
                 f"{WHAT} {path}: auto_mapping asks to import {key}={value!r}, which rankwise "
                 f"never does; the model is a {type(model).__name__}. Set auto_mapping to null."
             )
-    trained_on = getattr(saved, "base_fingerprint", None)
-    if trained_on is None or allow_other_base:
+
+
+def _check_fingerprint(
+    model: nn.Module, saved: SavedRaLora | SavedLora, weights: _Weights, path: Path
+) -> None:
+    """Block-diagonal adapters have it in the configuration, plain LoRA beside the tensors."""
+    trained_on = getattr(saved, "base_fingerprint", None) or weights.base_fingerprint
+    if trained_on is None:
         return
+    if not re.fullmatch(r"[0-9a-f]{16}", trained_on):
+        raise FileError(f"{WHAT} {path}: base_fingerprint={trained_on[:40]!r} is no fingerprint.")
     found = model_fingerprint(model)
     if found != trained_on:
         raise FileError(
@@ -228,6 +263,26 @@ def _whole_modules(model: nn.Module, saved: SavedConfig, path: Path) -> dict[str
         for name in found:
             for key, tensor in model.get_submodule(name).state_dict().items():
                 expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
+    return expected
+
+
+def _biases(model: nn.Module, saved: SavedConfig, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of trained biases, as PEFT saves them: of adapted layers or of all."""
+    if saved.bias == "none":
+        return {}
+    expected: dict[str, tuple[int, ...]] = {}
+    adapted, whole = set(names), tuple(saved.modules_to_save or ())
+    for key, tensor in model.state_dict().items():
+        module, _, last = key.rpartition(".")
+        if last != "bias":
+            continue
+        if module in adapted:
+            expected[f"{PREFIX}{module}.base_layer.bias"] = tuple(tensor.shape)
+        elif saved.bias == "all":
+            expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
+            if module.endswith(whole):
+                for ending in (_SAVED_TWICE, ".original_module.bias"):
+                    expected[f"{PREFIX}{module}{ending}"] = tuple(tensor.shape)
     return expected
 
 

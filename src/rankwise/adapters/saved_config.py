@@ -43,7 +43,7 @@ class SavedConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only", "ralora_only"] = "none"
 
 
 @dataclass
@@ -121,6 +121,7 @@ def peft_config(
         "modules_to_save": saved.modules_to_save,
         "target_modules": names,
         "inference_mode": not trainable,
+        "bias": saved.bias,
         "r": saved.r,
     }
     try:
@@ -149,6 +150,8 @@ def _lora_config(
     for option in ("rank_pattern", "alpha_pattern"):
         for key, value in getattr(saved, option).items():
             _check_positive(f"{option}[{key!r}]", value)
+    if saved.bias == "ralora_only":
+        raise ValueError("bias='ralora_only' must be 'none', 'all' or 'lora_only' in plain LoRA.")
     _check_positive("r", saved.r)
     _check_positive("lora_alpha", saved.lora_alpha)
     if not 0 <= saved.lora_dropout < 1:

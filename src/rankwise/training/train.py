@@ -28,6 +28,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from rankwise.adapters import attach
+from rankwise.adapters.base_fingerprint import write_base_fingerprint
+from rankwise.adapters.export import WEIGHTS_FILE
 from rankwise.artifacts import EVENTS_FILE, PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
 from rankwise.dynamic import RankCallback, RankEvent
 from rankwise.errors import ConfigError
@@ -177,6 +179,7 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) ->
         run.model.save_pretrained(str(trained))
         tokenizer.save_pretrained(str(trained))
         if run.plan is not None:
+            write_base_fingerprint(run.model, trained / WEIGHTS_FILE, "default")
             run.plan.save(folder / PLAN_FILE)
         if run.tracking is not None:
             save_run_file(run.tracking, folder / TRACKING_FILE)

@@ -1,0 +1,59 @@
+"""Which base an adapter was trained on, in files whose configuration has no place for it.
+
+`LoraConfig` knows no such field, and PEFT warns of fields that it does not know. The header of a
+safetensors file takes any text, which other programs ignore.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+FINGERPRINT_KEY = "rankwise_base_fingerprint"
+_ATTRIBUTE = "base_fingerprint"
+
+
+def remember_base_(config: PeftConfig, fingerprint: str) -> None:
+    """Keep the fingerprint of the base in the configuration of its adapter.
+
+    It is a field of `RaLoraConfig` and there saved; on others it is an attribute that lives as long
+    as they do, and `write_base_fingerprint` saves it.
+    """
+    setattr(config, _ATTRIBUTE, fingerprint)
+
+
+def base_fingerprint(model: PeftModel, adapter: str) -> str | None:
+    """The fingerprint that an adapter's configuration remembers, if it does."""
+    found: Any = getattr(model.peft_config[adapter], _ATTRIBUTE, None)
+    return found if isinstance(found, str) else None
+
+
+def fingerprint_metadata(model: PeftModel, adapter: str) -> dict[str, str]:
+    """What the header of an adapter's safetensors file says besides names and shapes."""
+    found = base_fingerprint(model, adapter)
+    return {"format": "pt"} | ({FINGERPRINT_KEY: found} if found else {})
+
+
+def write_base_fingerprint(model: PeftModel, weights: Path, adapter: str) -> None:
+    """Put the fingerprint into the header of a file that PEFT saved; its tensors stay the same.
+
+    Args:
+        model: Whose adapter was saved.
+        weights: The safetensors file.
+        adapter: Name of the adapter.
+    """
+    if any(field.name == _ATTRIBUTE for field in fields(model.peft_config[adapter])):
+        return  # the configuration has it
+    wanted = fingerprint_metadata(model, adapter)
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata | wanted != metadata:
+        draft = weights.with_name(f".{weights.name}.draft")
+        save_file(load_file(weights), draft, metadata=metadata | wanted)
+        os.replace(draft, weights)
