@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from adapter_fuzzer import fuzz_files
 from rankwise.errors import FileError, PlanError
 from rankwise.methods import Lora, RaLora, RaLoraPro
 from rankwise.plan import BlockOptions, ModulePlan, RankPlan
@@ -159,6 +161,14 @@ class TestFiles:
             (lambda d: d["modules"][NAME].update(rank=0), rf"modules\.{NAME}\.rank: "),
             (lambda d: d["modules"][NAME].update(rank=17), r"rank=17 exceeds min"),
             (lambda d: d["modules"][NAME].update(rank=1.0), rf"modules\.{NAME}\.rank: "),
+            (lambda d: d["modules"][NAME].update(rank=-3), rf"modules\.{NAME}\.rank: "),
+            (lambda d: d["modules"][NAME].update(rank="4"), rf"modules\.{NAME}\.rank: "),
+            (lambda d: d["modules"][NAME].update(rank=1e9), rf"modules\.{NAME}\.rank: "),
+            (lambda d: d["modules"][NAME].update(rank=10**400), rf"modules\.{NAME}\.rank: "),
+            (lambda d: d["modules"][NAME].update(d_in=10**400), rf"modules\.{NAME}\.d_in: "),
+            (lambda d: d.update(r_ref=10**400), "r_ref: "),
+            (lambda d: d["modules"][NAME].update(blocks=0), rf"modules\.{NAME}\.blocks: "),
+            (lambda d: d["modules"][NAME].update(blocks=-2), rf"modules\.{NAME}\.blocks: "),
             (lambda d: d["modules"][NAME].update(blocks=3), "blocks=3 must be a power of two"),
             (lambda d: d["modules"][NAME].update(blocks=32), "blocks=32 must be"),
             (lambda d: d["modules"][NAME].update(gid=float("nan")), r"gid: .*finite"),
@@ -186,6 +196,27 @@ class TestFiles:
         del document["block_options"]
         path.write_text(json.dumps(document))
         assert RankPlan.load(path) == plan
+
+    @pytest.mark.parametrize("text", ["[" * 10_000, '{"modules":' * 10_000])
+    def test_nested_too_deep(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        started = time.perf_counter()
+        with pytest.raises(FileError):
+            RankPlan.load(path)
+        assert time.perf_counter() - started < 1
+
+    def test_a_gigabyte(self, path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(2**30)
+        started = time.perf_counter()
+        with pytest.raises(FileError, match="1073741824 bytes; at most"):
+            RankPlan.load(path)
+        assert time.perf_counter() - started < 1
+
+    def test_broken_bytes_give_our_errors_only(self, path: Path, tmp_path: Path) -> None:
+        outcomes = fuzz_files(RankPlan.load, path, tmp_path / "broken", runs=150, seed=0)
+        assert outcomes["FileError"] > 90
+        assert set(outcomes) <= {"FileError", "loaded"}
 
     def test_missing_and_folder(self, tmp_path: Path) -> None:
         with pytest.raises(FileError, match="no such file"):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rankwise.profiling.profile as profile_module
+from adapter_fuzzer import fuzz_files
 from rankwise.errors import FileError
 from rankwise.profiling import GradientProfile, profile_gradients
 from tiny_models import tiny_llama, token_batch
@@ -181,6 +182,12 @@ def edit_arrays(folder: Path, file: str, change: Callable[[dict[str, Any]], obje
     arrays = load_file(folder / file)
     change(arrays)
     save_file(arrays, folder / file)
+
+
+def test_broken_bytes_give_our_errors_only(folder: Path, tmp_path: Path) -> None:
+    outcomes = fuzz_files(GradientProfile.load, folder, tmp_path / "broken", runs=150, seed=0)
+    assert outcomes["FileError"] > 90
+    assert set(outcomes) <= {"FileError", "loaded"}
 
 
 class TestBadFiles:

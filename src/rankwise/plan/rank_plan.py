@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from peft import LoraConfig
-from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from rankwise.display import Displayed
@@ -24,6 +24,8 @@ from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 
 SCHEMA_VERSION = 1
 AdapterKind = Literal["lora", "ralora", "lr-lora"]
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+"""A whole number that no layer exceeds; files could hold one that no float can."""
 _FORBID = ConfigDict(extra="forbid")
 
 
@@ -41,10 +43,10 @@ class ModulePlan:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
-    d_in: PositiveInt
-    d_out: PositiveInt
-    rank: PositiveInt
-    blocks: PositiveInt = 1
+    d_in: Count
+    d_out: Count
+    rank: Count
+    blocks: Count = 1
     gid: FiniteFloat | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class RankPlan(Displayed):
 
     method: str
     adapter: AdapterKind
-    r_ref: PositiveInt
+    r_ref: Count
     alpha: FiniteFloat
     budget: PositiveInt | None
     modules: dict[str, ModulePlan]
