@@ -12,7 +12,7 @@ PIP_VERSION := 26.3
 PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance bench bench-quick check lint format types imports clean
+.PHONY: help demo test conformance peft-newest bench bench-quick check lint format types imports clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: .venv/.dev-stamp  ## Run the test suite.
 
 conformance: .venv/.dev-stamp  ## Run PEFT's own tests on our adapters; they must catch broken ones.
 	$(PY) scripts/conformance.py --controls
+
+peft-newest: .venv/.dev-stamp  ## Try the newest PEFT with its tests and ours; may fail, says so, exits with 0.
+	$(PY) scripts/newest_peft.py
 
 bench: .venv/.dev-stamp  ## Measure speed against the targets; writes benchmarks/results.json.
 	$(PY) -m benchmarks
