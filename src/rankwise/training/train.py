@@ -179,6 +179,7 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) ->
         run.model.save_pretrained(str(trained))
         tokenizer.save_pretrained(str(trained))
         if run.plan is not None:
+            assert isinstance(run.model, PeftModel)
             write_base_fingerprint(run.model, trained / WEIGHTS_FILE, "default")
             run.plan.save(folder / PLAN_FILE)
         if run.tracking is not None:
