@@ -112,7 +112,7 @@ def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -
             ["profile", "x", "y", "--out", "{place}/q", "--compare", "{place}/absent"],
             "no such file",
         ),
-        (["inspect", "{place}"], "name a profile, a run, an adapter or a plan"),
+        (["inspect", "{place}"], "name a profile, a run, an adapter, a comparison or a plan"),
         (["inspect", "{place}/run.yaml"], "is not JSON"),
         (["profile", "{place}/x", "{place}/train.jsonl", "--out", "{place}/q"], "cannot be loaded"),
         (["report", "{place}/absent", "--out", "{place}/r.html"], "absent"),

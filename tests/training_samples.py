@@ -45,8 +45,8 @@ def save_tracking(folder: Path, names: Sequence[str]) -> Tracking:
 
 
 def save_events(folder: Path, plan: RankPlan) -> list[RankEvent]:
-    """Two events after which the ranks are the plan's; the first module grew at both."""
-    names = list(plan.modules)
+    """Two events after which the ranks are the plan's; the module of the largest grew at both."""
+    names = sorted(plan.modules, key=lambda name: -plan.modules[name].rank)
     first, second = names[0], names[1]
     final, other = plan.modules[first].rank, plan.modules[second].rank
     events = [
@@ -170,3 +170,78 @@ def save_lr_adapter(folder: Path, plan: RankPlan, points: int = 6, **config: Any
     }
     (folder / "adapter_config.json").write_text(json.dumps(values | config), encoding="utf-8")
     return folder
+
+
+def make_results(labels: Sequence[str] = ("RaLoRA", "slow <b>one</b>"), seeds: int = 3) -> Any:
+    """A `results.json` as `rankwise compare` writes it: LoRA and others at two budgets."""
+    rows = [
+        _result_row(task, rank, label, place, seeds)
+        for task in ("cola", "sums")
+        for rank in (2, 8)
+        for place, label in enumerate(("lora", *labels, "MoRA"))
+    ]
+    return {
+        "schema_version": 1,
+        "title": "small comparison",
+        "reference": "lora",
+        "rows": rows,
+        "mean_ranks": {"2": {"lora": 2.0}},
+        "cells": 40,
+        "finished": 40,
+        "commits": ["abc"],
+        "hardware": ["a processor"],
+        "hours": 1.25,
+        "experiment": {"output": "out"},
+    }
+
+
+def _result_row(task: str, rank: int, label: str, place: int, seeds: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "task": task,
+        "metric": "matthews" if task == "cola" else "loss",
+        "lower_is_better": task != "cola",
+        "rank": rank,
+        "label": label,
+        "method": label.lower(),
+        "ours": place == 1,
+        "budget": 1000 * rank,
+        "wanted": seeds,
+        "status": "finished",
+        "seconds": {"train": 1.5},
+    }
+    if label == "MoRA":
+        return row | {"status": "not available: no code", "wanted": 0, "budget": None}
+    mean = 0.5 + 0.0625 * place + rank / 256
+    row |= {
+        "parameters": 1000 * rank + place,
+        "trainable": 1000 * rank + place,
+        "matched": place != 2,
+        "learning_rate": 0.001,
+        "at_edge": place == 2,
+        "values": {str(seed): mean + seed / 64 for seed in range(seeds)},
+        "summary": _summary(mean, 0.03125, seeds),
+        "curve": [[0, 0.5], [10, mean]],
+    }
+    if place:
+        row["against"] = {
+            "method": label,
+            "baseline": "lora",
+            "difference": _summary(0.0625 * place, 0.015625, seeds),
+            "t_p": 0.004,
+            "wilcoxon_p": 0.25,
+            "holm_p": 0.008 if place == 1 else 0.21,
+            "wins": seeds,
+        }
+        row["holm_all"] = 0.01
+    return row
+
+
+def _summary(mean: float, half: float, count: int) -> dict[str, Any]:
+    alone = count < 2
+    return {
+        "mean": mean,
+        "deviation": None if alone else half / 2,
+        "low": None if alone else mean - half,
+        "high": None if alone else mean + half,
+        "count": count,
+    }

@@ -1,4 +1,4 @@
-"""What a path holds: a profile, a plan, a run, a run record or an adapter, told by its content."""
+"""What a path holds, told by its content: profile, plan, run, record, adapter, comparison."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ PLAN_FILE = "plan.json"
 PROFILE_FOLDER = "profile"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 EVENTS_FILE = "rank_events.json"
+RESULTS_FILE = "results.json"
+"""What tells the folder of a comparison."""
 
-ArtifactKind = Literal["profile", "plan", "run", "record", "adapter"]
+ArtifactKind = Literal["profile", "plan", "run", "record", "adapter", "comparison"]
 
 _FOLDERS: dict[str, ArtifactKind] = {
     PROFILE_FILE: "profile",
     RECORD_FILE: "run",
     ADAPTER_CONFIG_FILE: "adapter",
+    RESULTS_FILE: "comparison",
 }
 # top-level keys that tell the kinds apart; the loaders check the rest
 _FILES: dict[ArtifactKind, frozenset[str]] = {
     "record": frozenset({"train_loss", "held_out"}),
     "plan": frozenset({"method", "modules"}),
+    "comparison": frozenset({"rows", "reference", "cells"}),
 }
 
 
@@ -54,7 +58,7 @@ def recognise(path: Path) -> ArtifactKind:
                 return kind
         raise FileError(
             f"{path}: holds no {', '.join(list(_FOLDERS)[:-1])} or {list(_FOLDERS)[-1]}; name a "
-            "profile, a run, an adapter or a plan."
+            "profile, a run, an adapter, a comparison or a plan."
         )
     text = read_text(path, "file")
     try:

@@ -35,6 +35,8 @@ def describe(path: Path) -> str:
         return _describe_record(RunRecord.load(path))
     if kind == "plan":
         return str(RankPlan.load(path))
+    if kind == "comparison":
+        raise FileError(f"{path}: is a comparison; rankwise report shows it.")
     return _describe_run(path)
 
 

@@ -1,93 +1,24 @@
 """The page in a real Chromium: it loads clean, draws everything, and answers clicks and keys.
 
-Skipped where no Chromium is installed, unless RANKWISE_BROWSER=1 demands it. RANKWISE_CHROMIUM
-names another executable than those looked for.
+`conftest.py` finds the browser.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from page_samples import Shown
 from rankwise.methods import LsLora, RaLora
 from rankwise.report import write_report
 from rankwise.report.words import percent, scientific, short
 from report_samples import make_profile, save_adapter, save_run
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-# no sandbox, because tests run as root in containers; nothing that looks for a network
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>&lt;b&gt;%{z}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = os.environ.get("RANKWISE_CHROMIUM") or next(
-        filter(None, map(shutil.which, NAMES)), None
-    )
-    demanded = os.environ.get("RANKWISE_BROWSER") == "1"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        if demanded:
-            raise
-        pytest.skip("playwright is not installed: pip install playwright")
-    if found is None:
-        if demanded:
-            pytest.fail("RANKWISE_BROWSER=1, but no Chromium is installed: apt install chromium")
-        pytest.skip("no Chromium is installed: apt install chromium, or set RANKWISE_CHROMIUM")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-class Shown:
-    """An open page, and what it complained about or asked for."""
-
-    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
-        self.heard: list[str] = []
-        self.page = browser.new_page(viewport={"width": 1200, "height": 900}, **options)
-        self.page.on("console", lambda message: self.heard.append(message.text))
-        self.page.on("pageerror", lambda error: self.heard.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.heard.append(f"dialog {dialog.message}"))
-        own = path.as_uri()
-        self.page.on(
-            "request", lambda asked: asked.url == own or self.heard.append(asked.url[:200])
-        )
-        self.page.goto(own)
-
-    def close(self) -> None:
-        self.page.close()
-        assert self.heard == []
-
-
-@pytest.fixture
-def show(browser: Any) -> Iterator[Callable[[Path], Any]]:
-    """Open a file; what the page complains about or asks for is checked at the end."""
-    shown: list[Shown] = []
-
-    def open_page(path: Path) -> Any:
-        shown.append(Shown(browser, path))
-        return shown[-1].page
-
-    yield open_page
-    for one in shown:
-        one.close()
 
 
 def make_page(folder: Path, prefix: str = "model.layers", name: str = "tiny", **size: Any) -> Path:

@@ -32,7 +32,8 @@ def inspect(
 
 def report(
     paths: Annotated[
-        list[Path], typer.Argument(help="Profiles, plans, runs and adapters to show.")
+        list[Path],
+        typer.Argument(help="Profiles, plans, runs, adapters and comparisons to show."),
     ],
     out: Annotated[Path, typer.Option(help="The HTML page.")] = Path("report.html"),
     card: Annotated[
@@ -40,7 +41,7 @@ def report(
         typer.Option(help="Also a Markdown block for a model card here, with SVGs beside it."),
     ] = None,
 ) -> None:
-    """Make one self-contained HTML page of saved profiles, plans, runs and adapters.
+    """Make one self-contained HTML page of saved profiles, plans, runs, adapters, comparisons.
 
     Beside report.html, report.json holds every number that the page shows.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,6 +14,7 @@ from rankwise.report.measures import Measure
 from rankwise.report.views import Report
 
 COLORSCALE = "cividis"
+_COLOUR_DIGITS = 5
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -21,6 +22,23 @@ def heatmap_groups(report: Report) -> list[dict[str, Any]]:
     """One group per profile, plan and adapter: a grid, and what can be painted on it."""
     groups = [_group(source) for source in heat_sources(report)]
     return [group for group in groups if group is not None]
+
+
+def share_cells(
+    groups: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+    """The groups with their cells' names as a place in one list; equal ones are kept once."""
+    kept: list[list[Any]] = []
+    packed = []
+    for group in groups:
+        [trace] = group["figure"]["data"]
+        cells = trace["customdata"]
+        if cells not in kept:
+            kept.append(cells)
+        bare = {key: value for key, value in trace.items() if key != "customdata"}
+        figure = {**group["figure"], "data": [bare]}
+        packed.append({**group, "figure": figure, "cells": kept.index(cells)})
+    return packed, kept
 
 
 def _group(source: HeatSource) -> dict[str, Any] | None:
@@ -88,7 +106,7 @@ def _view(measure: Measure, values: Mapping[str, float | None], grid: Grid) -> d
     text: list[list[str]] = [[""] * len(grid.columns) for _ in grid.rows]
     for name, place in painted.items():
         i, j = grid.at[name]
-        z[i][j] = place
+        z[i][j] = float(f"{place:.{_COLOUR_DIGITS}g}")  # as many as a colour can show
         text[i][j] = measure.show(values[name] or 0.0)
     colorbar: dict[str, Any] = {"title": {"text": measure.unit}}
     trace: dict[str, Any] = {

@@ -8,11 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from rankwise.artifacts import ADAPTER_CONFIG_FILE, SavedRun, load_run, recognise
+from rankwise.artifacts import (
+    ADAPTER_CONFIG_FILE,
+    RESULTS_FILE,
+    SavedRun,
+    load_run,
+    recognise,
+)
 from rankwise.errors import FileError
 from rankwise.plan import RankPlan
 from rankwise.profiling.profile import GradientProfile
 from rankwise.records import RunRecord
+from rankwise.report.comparison_view import ComparisonView, load_comparison
 from rankwise.report.plan_view import plan_of_run, view_of_plan
 from rankwise.report.profile_view import view_of_profile
 from rankwise.report.run_view import view_of_run
@@ -53,6 +60,7 @@ class _Sources:
     plans: list[RankPlan | SavedRun] = field(default_factory=list)
     runs: list[SourceRun] = field(default_factory=list)
     adapters: list[SourceAdapter] = field(default_factory=list)
+    comparisons: list[ComparisonView] = field(default_factory=list)
 
 
 def load_report(paths: Sequence[Path]) -> Report:
@@ -71,6 +79,7 @@ def load_report(paths: Sequence[Path]) -> Report:
         plans=sources.plans,
         runs=sources.runs,
         adapters=sources.adapters,
+        comparisons=sources.comparisons,
     )
 
 
@@ -80,6 +89,7 @@ def report_of(
     plans: Sequence[RankPlan | SavedRun] = (),
     runs: Sequence[SourceRun] = (),
     adapters: Sequence[SourceAdapter] = (),
+    comparisons: Sequence[ComparisonView] = (),
 ) -> Report:
     """The report of what was read.
 
@@ -88,6 +98,7 @@ def report_of(
         plans: Plans, or runs with or without one.
         runs: Run records with what lies beside them.
         adapters: Adapter folders.
+        comparisons: Comparisons of methods.
 
     Raises:
         FileError: One of them holds nothing to show.
@@ -112,7 +123,7 @@ def report_of(
         for each in adapters
     ]
     run_views = _label_runs([view_of_run(run.record, run.folder, run.extras) for run in runs])
-    return Report(run_views, profile_views, plan_views, _once(updates))
+    return Report(run_views, profile_views, plan_views, _once(updates), list(comparisons))
 
 
 def _read(path: Path, sources: _Sources) -> None:
@@ -122,6 +133,9 @@ def _read(path: Path, sources: _Sources) -> None:
         sources.profiles.append(GradientProfile.load(path))
     elif kind == "plan":
         sources.plans.append(RankPlan.load(path))
+    elif kind == "comparison":
+        file = path / RESULTS_FILE if path.is_dir() else path
+        sources.comparisons.append(load_comparison(file))
     elif kind == "adapter":
         sources.adapters.append(SourceAdapter(path, _adapter_name(named)))
     else:

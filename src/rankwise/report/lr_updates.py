@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,11 @@ from rankwise.errors import FileError
 _PREFIX = "base_model.model."
 _CONTAINERS = ("A", "B", "amplitude", "bandwidth", "grid")
 _NAME = "default"
+_FUNCTION = (
+    "r", "alpha", "basis", "points", "span", "grid", "grid_seed", "bandwidth", "bandwidth_init",
+    "omega",
+)  # fmt: skip
+"""What of the configuration says what f is; ranks follow from the factors' shapes."""
 
 
 def lr_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -40,9 +44,8 @@ def lr_updates(
     Raises:
         FileError: The configuration or a shape is not that of an LR-LoRA adapter.
     """
-    known = {field.name for field in fields(LrLoraConfig)} - {"peft_type"}
     try:
-        settings = LrLoraConfig(**{key: value for key, value in config.items() if key in known})
+        settings = LrLoraConfig(**{key: config[key] for key in _FUNCTION if key in config})
     except (TypeError, ValueError) as error:
         raise FileError(f"{folder}: its configuration is not LR-LoRA's ({error}).") from error
     if settings.basis != "sine":

@@ -16,14 +16,15 @@ from rankwise import __version__
 from rankwise.errors import FileError
 from rankwise.files import read_text, write_text
 from rankwise.report.card import write_card
+from rankwise.report.comparison import next_of, takeaways
 from rankwise.report.health import health
-from rankwise.report.heatmaps import heatmap_groups
+from rankwise.report.heatmaps import heatmap_groups, share_cells
 from rankwise.report.load import load_report
 from rankwise.report.sections import PLOTS, header, sections
 from rankwise.report.summary import summary
 from rankwise.report.tables import module_columns
 from rankwise.report.views import Report
-from rankwise.report.words import caveats, joined, next_step, takeaway
+from rankwise.report.words import caveats, next_step, takeaway
 
 _SCRIPTS = ("theme.js", "detail.js", "modules.js", "page.js")  # one scope, in this order
 
@@ -59,19 +60,29 @@ def report_document(report: Report) -> dict[str, Any]:
         **report.to_json(),
         "health": [asdict(check) for check in health(report)],
         "rankwise": __version__,
-        "takeaway": takeaway(report),
+        "takeaway": [*takeaways(report), *takeaway(report)],
         "caveats": caveats(report),
-        "next": list(next_step(report)),
+        "next": list(_next(report)),
     }
+
+
+def _next(report: Report) -> tuple[str, str]:
+    if report.comparisons:
+        return next_of(report.comparisons[0])
+    return next_step(report)
 
 
 def render_page(report: Report, document: Mapping[str, Any]) -> str:
     """The whole HTML document."""
-    title = joined(report.models) if report.models else "a model"
+    title = report.title
     plots = {name: make(report) for name, (_, make) in PLOTS.items()}
     plots = {name: variants for name, variants in plots.items() if variants}
     heatmaps = heatmap_groups(report)
-    columns = [column.to_json() for column in module_columns(report)]
+    figures: dict[str, Any] = {
+        "plots": plots,
+        "columns": [column.to_json() for column in module_columns(report)],
+    }
+    figures["heatmaps"], figures["cells"] = share_cells(heatmaps)
     body = sections(report, document, plots, heatmaps, health(report))
     plotly = get_plotlyjs().replace("</script", "<\\/script") if plots or heatmaps else ""
     scripts = "\n".join(_asset(name) for name in _SCRIPTS)
@@ -93,8 +104,7 @@ def render_page(report: Report, document: Mapping[str, Any]) -> str:
             *body,
             "</main>",
             f'<script type="application/json" id="report">{_inert(document)}</script>',
-            f'<script type="application/json" id="figures">'
-            f"{_inert({'plots': plots, 'heatmaps': heatmaps, 'columns': columns})}</script>",
+            f'<script type="application/json" id="figures">{_inert(figures)}</script>',
             '<script>window.PlotlyConfig = {MathJaxConfig: "local"};</script>',
             f"<script>{plotly}</script>",
             f'<script>\n"use strict";\n(() => {{\n{scripts}}})();\n</script>',

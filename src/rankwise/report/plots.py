@@ -118,16 +118,19 @@ def loss_variants(report: Report) -> list[Variant]:
 
 
 def _event_marks(run: RunView, series: int) -> list[go.Scatter]:
-    """Where ranks moved, on the run's curve: at its last loss up to the event."""
-    points = sorted(run.train_loss or run.held_out, key=lambda point: point.step)
-    placed = [(e, [p.loss for p in points if p.step <= e.step]) for e in run.events]
-    placed = [(event, losses) for event, losses in placed if losses]
+    """Where ranks moved, on a curve of the run that has the step, else at its last loss before."""
+    exact = {point.step: point.loss for point in (*run.train_loss, *run.held_out)}
+    placed = [
+        (event, exact[max(before)])
+        for event in run.events
+        if (before := [step for step in exact if step <= event.step])
+    ]
     if not placed:
         return []
     return [
         line(
             [event.step for event, _ in placed],
-            [losses[-1] for _, losses in placed],
+            [loss for _, loss in placed],
             f"{run.label}: ranks moved",
             series,
             mode="markers",

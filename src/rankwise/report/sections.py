@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rankwise.report.comparison import comparison_tables, parameter_variants
+from rankwise.report.landscape_plot import landscape_variants
+from rankwise.report.lr_plots import function_variants, learned_variants
 from rankwise.report.panels import budget_table, health_table, serving_table
 from rankwise.report.plots import (
     Variant,
@@ -21,19 +24,14 @@ from rankwise.report.rank_plots import (
     update_variants,
 )
 from rankwise.report.tables import comparison_table, data_cell, module_table, outside_table
-from rankwise.report.training_plots import (
-    function_variants,
-    history_variants,
-    landscape_variants,
-    learned_variants,
-    tracking_variants,
-)
+from rankwise.report.training_plots import history_variants, tracking_variants
 from rankwise.report.views import Check, Report, RunView
 from rankwise.report.words import loss, short, whole
 
 Plots = Mapping[str, Sequence[Variant]]
 
 PLOTS: dict[str, tuple[str, Callable[[Report], list[Variant]]]] = {
+    "parameters": ("The metric against parameters", parameter_variants),
     "loss": ("Loss", loss_variants),
     "ranks": ("Ranks against uniform", rank_variants),
     "histogram": ("How many modules got which rank", histogram_variants),
@@ -64,11 +62,16 @@ def sections(
         return _plot(name, plots[name]) if plots.get(name) else ""
 
     parts = [
+        *(
+            section(f"Comparison: {each.title}", f"comparison-{i}", comparison_tables(each))
+            for i, each in enumerate(report.comparisons)
+        ),
+        plot("parameters"),
         section("Runs", "runs", comparison_table(report.runs)) if report.runs else "",
         plot("loss"),
         section("Layer by layer", "layers", _heatmap(heatmaps)) if heatmaps else "",
         section("Plans", "plans", budget_table(report.plans)) if report.plans else "",
-        *(plot(name) for name in PLOTS if name != "loss"),
+        *(plot(name) for name in PLOTS if name not in ("parameters", "loss")),
         section("Health", "health", health_table(checks)) if checks else "",
         section("Serving", "serving", serving_table(report.plans)) if report.plans else "",
         _outside(report),
@@ -246,6 +249,8 @@ def _outside(report: Report) -> str:
 
 
 def _every_module(report: Report) -> str:
+    if not any((report.profiles, report.plans, report.updates)):
+        return ""
     return (
         '<section id="modules">\n<details>\n<summary>Every module, in numbers</summary>\n'
         '<p class="reading">The numbers behind the colours, one row per module, in model order.'
@@ -255,6 +260,13 @@ def _every_module(report: Report) -> str:
 
 def _provenance(report: Report, document: Mapping[str, Any]) -> str:
     parts = []
+    for comparison in report.comparisons:
+        facts = [
+            ("commits", ", ".join(comparison.commits)),
+            ("hardware", ", ".join(comparison.hardware)),
+            ("hours of computing", f"{comparison.hours:g}"),
+        ]
+        parts.append(f"<h3>Comparison: {escape(comparison.title)}</h3>{_facts(facts)}")
     for run in report.runs:
         settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
         facts = [

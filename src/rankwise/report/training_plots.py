@@ -1,4 +1,4 @@
-"""Plots of what happened while training: dimensions, ranks, learned functions, the landscape."""
+"""Plots of what happened while training: dimensions of gradients, and ranks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rankwise.report.heatmaps import COLORSCALE
 from rankwise.report.labels import kind_labels, plain
 from rankwise.report.plots import Variant, axis, line, shape_layout, variant
-from rankwise.report.training_views import EventView, FunctionView, LandscapeView, RankHistory
+from rankwise.report.training_views import EACH, EventView, RankHistory
 from rankwise.report.views import Report, RunView
-from rankwise.report.words import percent
 from rankwise.targets import layer_position
 
-_FEW = 16
-"""Most modules that get a line each; more are shown by kind."""
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_COLORSCALE = "cividis"
 
 Curves = Mapping[str, Sequence[float | None]]
 
@@ -32,17 +29,17 @@ def tracking_variants(report: Report) -> list[Variant]:
         for key, (label, unit, reading) in _TRACKED.items():
             curves = {name: values[key] for name, values in tracking.modules.items()}
             figure = go.Figure(
-                list(_lines(tracking.steps, curves, tracking.mean_by_kind[key], label))
+                list(lines(tracking.steps, curves, tracking.mean_by_kind[key], label))
             )
             scale = {"type": "log"} if key == "gradient_norm" else {"rangemode": "tozero"}
             shape_layout(
                 figure, axis("optimizer steps", tickformat=",d"), axis(f"{label}, {unit}", **scale)
             )
             _mark_events(figure, run.events)
-            words = [reading, _which(curves)]
+            words = [reading, which(tracking.count)]
             if run.events:
                 words.append(_EVENT_LINES)
-            found.append(variant(_named(run, runs, label), " ".join(words), figure))
+            found.append(variant(named(run, runs, label), " ".join(words), figure))
     return found
 
 
@@ -53,7 +50,7 @@ def history_variants(report: Report) -> list[Variant]:
     for run in runs:
         history = run.rank_history
         assert history is not None
-        lines = go.Figure(
+        means = go.Figure(
             [
                 line(
                     history.steps,
@@ -74,17 +71,13 @@ def history_variants(report: Report) -> list[Variant]:
             ]
         )
         shape_layout(
-            lines,
+            means,
             axis("optimizer steps", tickformat=",d"),
-            axis("mean rank, dimensions", rangemode="tozero"),
+            axis("mean rank, dimensions"),
         )
-        _mark_events(lines, run.events)
-        found.append(
-            variant(_named(run, runs, "mean by kind"), f"{_HISTORY} {_EVENT_LINES}", lines)
-        )
-        found.append(
-            variant(_named(run, runs, "every module"), _HISTORY_MAP, _history_map(history))
-        )
+        _mark_events(means, run.events)
+        found.append(variant(named(run, runs, "mean by kind"), f"{_HISTORY} {_EVENT_LINES}", means))
+        found.append(variant(named(run, runs, "every module"), _HISTORY_MAP, _history_map(history)))
     return found
 
 
@@ -95,7 +88,7 @@ def _history_map(history: RankHistory) -> go.Figure:
             x=[f"{step:,}" for step in history.steps],
             y=[plain(name) for name in names],
             z=[history.modules[name] for name in names],
-            colorscale=_COLORSCALE,
+            colorscale=COLORSCALE,
             colorbar={"title": {"text": "rank, dimensions"}},
             hovertemplate="%{y}<br>from step %{x}: rank %{z}<extra></extra>",
         )
@@ -109,163 +102,10 @@ def _history_map(history: RankHistory) -> go.Figure:
     return figure
 
 
-def function_variants(report: Report) -> list[Variant]:
-    """LR-LoRA's f at every recorded step over the histogram of U, one variant a module."""
-    runs = [run for run in report.runs if run.learned is not None and run.learned.functions]
-    found = []
-    for run in runs:
-        assert run.learned is not None
-        modules: dict[str, list[FunctionView]] = {}
-        for function in run.learned.functions:
-            modules.setdefault(function.module, []).append(function)
-        for name, functions in modules.items():
-            words = _FUNCTION
-            if run.learned.factorised is not None:
-                words += (
-                    f" {percent(run.learned.factorised)} of all recorded updates went through "
-                    "factors, without forming U."
-                )
-            found.append(variant(_named(run, runs, name), words, _functions(functions)))
-    return found
-
-
-def _functions(functions: Sequence[FunctionView]) -> go.Figure:
-    last = functions[-1]
-    widths = [right - left for left, right in zip(last.edges, last.edges[1:], strict=False)]
-    bars = go.Bar(
-        x=last.edges[:-1],
-        y=last.counts,
-        width=widths,
-        offset=0,
-        name=f"entries of U, step {last.step:,}",
-        opacity=0.35,
-        meta={"soft": True},
-        hovertemplate="U from %{x:.3g}: %{y:,} entries<extra></extra>",
-    )
-    lines = [
-        line(
-            function.u,
-            function.f,
-            f"f, step {function.step:,}",
-            series,
-            mode="lines",
-            yaxis="y2",
-            hovertemplate="%{fullData.name}<br>f(%{x:.3g}) = %{y:.3g}<extra></extra>",
-        )
-        for series, function in enumerate(functions)
-    ]
-    figure = shape_layout(
-        go.Figure([bars, *lines]),
-        axis("u, an entry of U = B·A"),
-        axis("entries of U", side="right", showgrid=False, tickformat=",d"),
-    )
-    figure.update_layout(
-        yaxis2=axis("f(u)", overlaying="y", side="left", zeroline=True, exponentformat="power"),
-        bargap=0,
-    )
-    return figure
-
-
-def learned_variants(report: Report) -> list[Variant]:
-    """Stable rank of LR-LoRA's updates and range of U over training."""
-    runs = [run for run in report.runs if run.learned is not None and run.learned.steps]
-    found = []
-    for run in runs:
-        learned = run.learned
-        assert learned is not None
-        for key, (label, unit, reading) in _LEARNED.items():
-            curves = {name: values[key] for name, values in learned.modules.items()}
-            if all(value is None for curve in curves.values() for value in curve):
-                continue
-            figure = shape_layout(
-                go.Figure(list(_lines(learned.steps, curves, learned.mean_by_kind[key], label))),
-                axis("optimizer steps", tickformat=",d"),
-                axis(f"{label}, {unit}"),
-            )
-            found.append(variant(_named(run, runs, label), f"{reading} {_which(curves)}", figure))
-    return found
-
-
-def landscape_variants(report: Report) -> list[Variant]:
-    """Held-out loss on a plane through the solution, one variant a run."""
-    found = []
-    for run in report.runs:
-        plane = run.landscape
-        if plane is None:
-            continue
-        found.append(
-            variant(
-                run.label,
-                _landscape_reading(plane),
-                _contour(plane),
-                numbers=[
-                    ["loss at the solution", plane.solution, "loss"],
-                    ["lowest loss on the plane", plane.lowest, "loss"],
-                    ["parameters", plane.parameters, "whole"],
-                    ["their norm", plane.parameter_norm, "short"],
-                    ["cosine of the directions", plane.cosine, "short"],
-                    ["held-out tokens", plane.tokens, "whole"],
-                    ["seed", plane.seed, "whole"],
-                ],
-            )
-        )
-    return found
-
-
-def _contour(plane: LandscapeView) -> go.Figure:
-    title = "direction, lengths of the trained parameters"
-    figure = go.Figure(
-        [
-            go.Contour(
-                x=plane.at,
-                y=plane.at,
-                z=plane.loss,
-                colorscale=_COLORSCALE,
-                ncontours=16,
-                contours={"coloring": "heatmap", "showlabels": True},
-                line={"width": 0.7, "color": "#ffffff"},
-                colorbar={"title": {"text": "loss, nats per token"}},
-                hovertemplate="%{x:.2f}, %{y:.2f}<br>%{z:.4f} nats per token<extra></extra>",
-            ),
-            go.Scatter(
-                x=[0.0],
-                y=[0.0],
-                mode="markers",
-                name="the solution",
-                marker={"symbol": "x", "size": 12, "color": "#ff6d00"},
-                meta={"keep": True},
-                hoverinfo="skip",
-            ),
-        ]
-    )
-    shape_layout(
-        figure,
-        axis(f"first {title}", constrain="domain"),
-        axis(f"second {title}", scaleanchor="x", constrain="domain"),
-    )
-    figure.update_layout(height=520, showlegend=False)
-    return figure
-
-
-def _landscape_reading(plane: LandscapeView) -> str:
-    how = (
-        "each as long as all trained parameters together"
-        if plane.normalisation == "norm"
-        else "each of whose rows is as long as that of the trained parameters"
-    )
-    return (
-        f"Held-out loss over {plane.batches} batches where the trained parameters are moved along "
-        f"two random directions, {how}. The cross is the solution. A wide basin says that small "
-        "changes cost little; two random directions of many cannot show more, and planes of "
-        "different methods do not compare, because their parameters differ."
-    )
-
-
-def _lines(steps: Sequence[int], curves: Curves, means: Curves, label: str) -> Iterator[go.Scatter]:
-    """A line for each module while they are few, else one for each kind."""
-    few = len(curves) <= _FEW
+def lines(steps: Sequence[int], curves: Curves, means: Curves, label: str) -> Iterator[go.Scatter]:
+    """A line for each module; for each kind where there are no curves of modules."""
     kinds = list(dict.fromkeys(layer_position(name).kind for name in curves))
-    if not few:
+    if not curves:
         for series, (kind, values) in enumerate(
             zip(kind_labels(list(means)), means.values(), strict=True)
         ):
@@ -312,14 +152,16 @@ def _mark_events(figure: go.Figure, events: Sequence[EventView]) -> None:
         )
 
 
-def _named(run: RunView, runs: Sequence[RunView], what: str) -> str:
+def named(run: RunView, runs: Sequence[RunView], what: str) -> str:
+    """What a switch says: with the run's name where there are several."""
     return what if len(runs) == 1 else f"{run.label}: {what}"
 
 
-def _which(curves: Curves) -> str:
-    if len(curves) <= _FEW:
+def which(count: int) -> str:
+    """What a line stands for."""
+    if count <= EACH:
         return "One line a module; dashes tell layers apart."
-    return f"Lines are means over the {len(curves):,} modules, by kind."
+    return f"Lines are means over the {count:,} modules, by kind."
 
 
 _EVENT_LINES = "Dotted verticals are events at which ranks moved."
@@ -356,33 +198,3 @@ _TRACKED = {
         "How steep the loss still is in the module's weight. The scale is logarithmic.",
     ),
 }
-_LEARNED = {
-    "stable_rank": (
-        "stable rank",
-        "dimensions",
-        "How many directions the update f(B·A) really uses; f can lift it above the rank of B·A.",
-    ),
-    "stable_rank_without_constant": (
-        "stable rank without f(0)",
-        "dimensions",
-        "The same without the constant f(0), which is one direction in every entry and can hide "
-        "the others.",
-    ),
-    "f0": (
-        "f(0)",
-        "units of weight",
-        "What the function adds to every entry alike; near 0, the update is what U makes of it.",
-    ),
-    "u_min": ("smallest entry of U", "units of u", "Where the entries of U = B·A begin."),
-    "u_max": (
-        "largest entry of U",
-        "units of u",
-        "Where the entries of U = B·A end; beyond the grid's ends the function has nothing to "
-        "learn with.",
-    ),
-}
-_FUNCTION = (
-    "Lines (left axis) are the learned function at several steps; bars (right axis) are how many "
-    "entries of U lie there at the last of them. Only where there are bars does the shape matter: "
-    "a straight line through 0 would be plain LoRA, bends are what it adds."
-)

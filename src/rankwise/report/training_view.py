@@ -11,6 +11,7 @@ from rankwise.dynamic import RankEvent
 from rankwise.errors import FileError
 from rankwise.files import parse_json, read_text
 from rankwise.report.training_views import (
+    EACH,
     EventView,
     FunctionView,
     LandscapeView,
@@ -138,7 +139,8 @@ def tracking_view(tracking: Tracking) -> TrackingView | None:
     return TrackingView(
         every=tracking.every,
         steps=[step.step for step in tracking.steps],
-        modules=modules,
+        count=len(modules),
+        modules=modules if len(modules) <= EACH else {},
         mean_by_kind={
             key: _means({name: curves[key] for name, curves in modules.items()}) for key in MEASURES
         },
@@ -165,7 +167,8 @@ def learned_view(analysis: Analysis) -> LearnedView | None:
     ]
     return LearnedView(
         steps=[step.step for step in analysis.steps],
-        modules=modules,
+        count=len(modules),
+        modules=modules if len(modules) <= EACH else {},
         mean_by_kind={
             key: _means({name: curves[key] for name, curves in modules.items()}) for key in LEARNED
         },

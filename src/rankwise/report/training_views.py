@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EACH = 16
+"""Most modules whose curves are shown one by one; of more, only the means by kind are kept."""
+
 
 @dataclass(frozen=True)
 class EventView:
@@ -41,12 +44,14 @@ class TrackingView:
     Attributes:
         every: Optimizer steps between two measurements.
         steps: Steps after which they were made.
-        modules: By module and measure, the value at each of the steps.
+        count: How many modules were followed.
+        modules: By module and measure, the value at each of the steps; empty above `EACH` modules.
         mean_by_kind: By measure and kind of module, the mean over its modules.
     """
 
     every: int
     steps: list[int]
+    count: int
     modules: dict[str, dict[str, list[float]]]
     mean_by_kind: dict[str, dict[str, list[float | None]]]
 
@@ -69,13 +74,16 @@ class LearnedView:
 
     Attributes:
         steps: Steps at which it was recorded.
-        modules: By module and measure, the value at each of the steps, None where there is none.
+        count: How many modules were recorded.
+        modules: By module and measure, the value at each of the steps, None where there is none;
+            empty above `EACH` modules.
         mean_by_kind: By measure and kind of module, the mean over its modules that have a value.
         functions: Functions of some modules.
         factorised: Part of all modules and steps whose update went through factors.
     """
 
     steps: list[int]
+    count: int
     modules: dict[str, dict[str, list[float | None]]]
     mean_by_kind: dict[str, dict[str, list[float | None]]]
     functions: list[FunctionView]

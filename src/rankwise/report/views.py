@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rankwise.report.comparison_view import ComparisonView
 from rankwise.report.training_views import (
     EventView,
     LandscapeView,
@@ -318,6 +319,13 @@ class Report:
     profiles: list[ProfileView] = field(default_factory=list)
     plans: list[PlanView] = field(default_factory=list)
     updates: list[UpdateView] = field(default_factory=list)
+    comparisons: list[ComparisonView] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The models, or the comparisons where nothing names a model."""
+        names = self.models or [comparison.title for comparison in self.comparisons]
+        return ", ".join(names) or "a model"
 
     @property
     def models(self) -> list[str]:

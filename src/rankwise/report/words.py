@@ -116,6 +116,11 @@ def next_step(report: Report) -> tuple[str, str]:
             "report all runs together. Every run's folder holds its run.yaml.",
             "rankwise train run.yaml seed=1 training.learning_rate=1e-3 output=runs/again",
         )
+    if report.runs and all(run.ranks is None for run in report.runs):
+        return (
+            "Next: train an adapter from the same seed and report both runs.",
+            "rankwise train run.yaml method.name=ralora output=runs/ralora",
+        )
     if report.runs:
         return (
             "Next: train plain LoRA of the same size from the same seed and report both runs.",

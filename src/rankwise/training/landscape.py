@@ -160,17 +160,11 @@ def loss_landscape(
     _, tokens = summed_loss(model, batches)
     notify(f"about {(time.perf_counter() - started) * settings.points**2:.0f} s")
     directions = random_directions(origin, settings.seed, settings.normalisation)
-    rows: list[list[float | None]] = [[None] * len(at) for _ in at]
-    places = [(i, j) for i in range(len(at)) for j in range(len(at))]
-    shown = with_progress(places, len(places), "walking over the plane", progress)
+    plane = _Plane(parameters, origin, directions)
     try:
-        with closing(shown):
-            for i, j in shown:
-                _move_(parameters, origin, directions, (at[j], at[i]))
-                total, _ = summed_loss(model, batches)
-                rows[i][j] = total / tokens if math.isfinite(total) else None
+        rows = _walk(model, batches, plane, at, progress)
     finally:
-        _move_(parameters, origin, directions, (0.0, 0.0))
+        plane.move_to_(0.0, 0.0)
     first, second = directions
     return Landscape(
         at=at,
@@ -230,20 +224,40 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
 
 
-@torch.no_grad()
-def _move_(
-    parameters: Sequence[nn.Parameter],
-    origin: Sequence[Tensor],
-    directions: tuple[list[Tensor], list[Tensor]],
-    to: tuple[float, float],
-) -> None:
-    """Set the parameters to a point of the plane; (0, 0) is the origin to the bit."""
-    for parameter, start, first, second in zip(parameters, origin, *directions, strict=True):
-        parameter.copy_(start)
-        if to[0]:
-            parameter.add_(first, alpha=to[0])
-        if to[1]:
-            parameter.add_(second, alpha=to[1])
+@dataclass(frozen=True)
+class _Plane:
+    """Parameters, where they were, and two directions to move them along."""
+
+    parameters: Sequence[nn.Parameter]
+    origin: Sequence[Tensor]
+    directions: tuple[list[Tensor], list[Tensor]]
+
+    @torch.no_grad()
+    def move_to_(self, a: float, b: float) -> None:
+        """Set the parameters to a point; (0, 0) is the origin to the bit."""
+        for parameter, start, first, second in zip(
+            self.parameters, self.origin, *self.directions, strict=True
+        ):
+            parameter.copy_(start)
+            if a:
+                parameter.add_(first, alpha=a)
+            if b:
+                parameter.add_(second, alpha=b)
+
+
+def _walk(
+    model: nn.Module, batches: Batches, plane: _Plane, at: Sequence[float], progress: bool
+) -> list[list[float | None]]:
+    """The mean loss at every point of the grid, None where it is not finite."""
+    losses: list[float | None] = []
+    places = [(a, b) for b in at for a in at]
+    shown = with_progress(places, len(places), "walking over the plane", progress)
+    with closing(shown):
+        for a, b in shown:
+            plane.move_to_(a, b)
+            total, tokens = summed_loss(model, batches)
+            losses.append(total / tokens if math.isfinite(total) else None)
+    return [losses[i : i + len(at)] for i in range(0, len(losses), len(at))]
 
 
 def _fingerprint(batches: Batches) -> str:

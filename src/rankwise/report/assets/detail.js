@@ -128,9 +128,13 @@ function drawCurves(id, lines, marks, yaxis, hover) {
 function blockDrawings(name) {
   const place = document.getElementById("detail-blocks");
   place.replaceChildren();
-  for (const view of report.plans) {
+  const drawn = new Set();
+  for (const view of [...report.plans, ...report.updates]) {
     const m = view.modules[name];
     if (m === undefined || m.d_in === null || m.blocks < 2) continue;
+    // an adapter has the blocks of its plan, which is drawn already where it is known
+    if (report.updates.includes(view) && drawn.has(`${m.blocks} ${m.rank}`)) continue;
+    drawn.add(`${m.blocks} ${m.rank}`);
     const scale = 150 / Math.max(m.d_in, m.d_out);
     const [w, h] = [m.d_in * scale, m.d_out * scale];
     const figure = document.createElement("figure");

@@ -37,4 +37,4 @@ function fillModules() {
   body.append(...moduleNames.map((name) => moduleRow(name, shows)));
 }
 
-everyModule.addEventListener("toggle", fillModules);
+everyModule?.addEventListener("toggle", fillModules);

@@ -22,7 +22,7 @@ function drawPlot(plot) {
     .map((trace) => (trace.colorbar ? { ...trace, colorbar: scaleBar(trace.colorbar, plot) } : trace));
   const layout = themed(variant.figure.layout, plot);
   // A legend above takes rows away from the plot on a narrow page.
-  layout.height += narrow(plot) ? Math.min(22 * traces.length, 160) : 0;
+  layout.height += narrow(plot) ? Math.min(22 * traces.length, 330) : 0;
   Plotly.react(plot, traces, layout, { ...config, displayModeBar: narrow(plot) ? false : "hover" });
   document.querySelector(`[data-reading="${name}"]`).textContent = variant.reading;
 }

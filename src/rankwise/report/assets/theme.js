@@ -1,6 +1,7 @@
 // Colours, sizes and digits, shared by every plot.
 const report = JSON.parse(document.getElementById("report").textContent);
 const figures = JSON.parse(document.getElementById("figures").textContent);
+for (const group of figures.heatmaps) group.figure.data[0].customdata = figures.cells[group.cells];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const config = {
   displaylogo: false,

@@ -1,0 +1,105 @@
+"""Comparisons as the report shows them: the file's numbers, in order, with what its tests say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.artifacts import recognise
+from rankwise.errors import FileError
+from rankwise.report import write_report
+from report_samples import Page, numbers
+from training_samples import make_results
+
+
+def report_of(folder: Path, results: Any) -> tuple[Page, Any, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    text = write_report([folder], folder / "page.html")
+    return Page(folder / "page.html"), json.loads((folder / "page.json").read_text()), text
+
+
+def test_the_page_and_the_json_hold_the_file(tmp_path: Path) -> None:
+    results = make_results()
+    page, document, text = report_of(tmp_path / "compare", results)
+    [shown] = document["comparisons"]
+    assert page.data("report") == document
+    assert set(page.values) <= numbers(document)
+    for row, given in zip(shown["rows"], results["rows"], strict=True):
+        for key, value in row.items():
+            if key not in ("against", "parameters"):
+                assert value == given.get(key, value), key
+        if given.get("against"):
+            for key, value in row["against"].items():
+                assert value == given["against"][key]
+    assert (
+        "small comparison: 40 of 40 runs finished, 1.25 hours of computing on a processor" in text
+    )
+    assert "cola at the budget of r = 2: the best mean matthews is 0.6328 (slow <b>one</b>)" in text
+    assert "sums at the budget of r = 8: the best mean loss is 0.5312 (lora)" in text
+    assert "1 of 2 methods differ from lora after Holm's correction (p < 0.05): RaLoRA." in text
+    assert "widen the grid of learning rates, at whose edge slow <b>one</b> ended" in text
+    assert "MoRA: not available: no code." in page.text
+    assert page.source.count("slow <b>one</b>") == 0
+
+
+def test_rows_are_in_order_of_the_mean(tmp_path: Path) -> None:
+    page, _, _ = report_of(tmp_path / "compare", make_results())
+    heads = [part.split("</th>")[0] for part in page.source.split('<th scope="row">')[1:]]
+    assert heads[:3] == ["slow &lt;b&gt;one&lt;/b&gt;", "RaLoRA", "lora"]  # higher is better
+    assert heads[6:9] == ["lora", "RaLoRA", "slow &lt;b&gt;one&lt;/b&gt;"]
+
+
+def test_the_plot_draws_means_and_intervals_over_the_budgets(tmp_path: Path) -> None:
+    page, document, _ = report_of(tmp_path / "compare", make_results())
+    variants = page.data("figures")["plots"]["parameters"]
+    assert [v["label"] for v in variants] == ["cola", "sums"]
+    rows = document["comparisons"][0]["rows"]
+    traces = variants[0]["figure"]["data"]
+    assert [t["name"] for t in traces] == ["lora", "RaLoRA", "slow &lt;b&gt;one&lt;/b&gt;"]
+    for trace, label in zip(traces, ("lora", "RaLoRA", "slow <b>one</b>"), strict=True):
+        own = [r for r in rows if (r["task"], r["label"]) == ("cola", label)]
+        assert trace["x"] == [r["parameters"] for r in own]
+        assert trace["y"] == [r["summary"]["mean"] for r in own]
+        assert trace["error_y"]["array"] == trace["error_y"]["arrayminus"] == [0.03125] * 2
+    assert "higher is better" in variants[0]["reading"]
+    assert "lower is better" in variants[1]["reading"]
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    results = make_results(seeds=1)
+    results["finished"] = 39
+    page, document, text = report_of(tmp_path / "compare", results)
+    assert "rankwise compare experiment.yaml" in text
+    trace = page.data("figures")["plots"]["parameters"][0]["figure"]["data"][0]
+    assert trace["error_y"]["array"] == [0.0, 0.0]
+    assert trace["customdata"] == ["one seed", "one seed"]
+    assert document["comparisons"][0]["rows"][0]["summary"]["low"] is None
+
+
+def test_a_file_or_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(make_results()))
+    assert recognise(tmp_path) == recognise(path) == "comparison"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema_version=2), "schema_version 2"),
+        (lambda d: d.update(rows=[]), "holds no row"),
+        (lambda d: d["rows"][0].update(rank="2"), r"rows\.0\.rank"),
+        (lambda d: d["rows"][1]["summary"].pop("mean"), "mean"),
+    ],
+)
+def test_a_malformed_file_is_refused(
+    tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    results = make_results()
+    change(results)
+    with pytest.raises(FileError, match=message):
+        report_of(tmp_path, results)
