@@ -29,7 +29,7 @@ _READING = (
 _PARAMETERS = (
     "Every method at every budget it was run at: to the left is cheaper, {better} is better. Bars "
     "are 95 % intervals over the seeds; where two overlap widely, the order of the points is luck. "
-    "Filled thick lines are this project's methods."
+    "Thick lines are this project's methods."
 )
 
 
@@ -90,7 +90,7 @@ def parameter_variants(report: Report) -> list[Variant]:
             )
             shape_layout(
                 figure,
-                axis("trainable parameters", type="log", tickformat="~s"),
+                axis("trainable parameters", type="log", dtick="D2", tickformat="~s"),
                 axis(f"{rows[0].metric}, mean over seeds"),
             )
             figure.update_layout(height=520)

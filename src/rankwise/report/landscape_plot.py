@@ -8,6 +8,7 @@ from rankwise.report.heatmaps import COLORSCALE
 from rankwise.report.plots import Variant, axis, shape_layout, variant
 from rankwise.report.training_views import LandscapeView
 from rankwise.report.views import Report
+from rankwise.report.words import whole
 
 
 def landscape_variants(report: Report) -> list[Variant]:
@@ -27,7 +28,6 @@ def landscape_variants(report: Report) -> list[Variant]:
                     ["lowest loss on the plane", plane.lowest, "loss"],
                     ["parameters", plane.parameters, "whole"],
                     ["their norm", plane.parameter_norm, "short"],
-                    ["cosine of the directions", plane.cosine, "short"],
                     ["held-out tokens", plane.tokens, "whole"],
                     ["seed", plane.seed, "whole"],
                 ],
@@ -37,7 +37,7 @@ def landscape_variants(report: Report) -> list[Variant]:
 
 
 def _contour(plane: LandscapeView) -> go.Figure:
-    title = "direction, lengths of the trained parameters"
+    title = "direction, lengths"
     figure = go.Figure(
         [
             go.Contour(
@@ -73,13 +73,13 @@ def _contour(plane: LandscapeView) -> go.Figure:
 
 def _landscape_reading(plane: LandscapeView) -> str:
     how = (
-        "each as long as all trained parameters together"
+        "each one length long, which is that of all trained parameters together"
         if plane.normalisation == "norm"
-        else "each of whose rows is as long as that of the trained parameters"
+        else "each one length long, whose rows are as long as those of the trained parameters"
     )
     return (
-        f"Held-out loss over {plane.batches} batches where the trained parameters are moved along "
-        f"two random directions, {how}. The cross is the solution. A wide basin says that small "
-        "changes cost little; two random directions of many cannot show more, and planes of "
+        f"Held-out loss on {whole(plane.tokens)} tokens where the trained parameters are moved "
+        f"along two random directions, {how}. The cross is the solution. A wide basin says that "
+        "small changes cost little; two random directions of many cannot show more, and planes of "
         "different methods do not compare, because their parameters differ."
     )

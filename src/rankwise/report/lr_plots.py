@@ -64,7 +64,14 @@ def _functions(functions: Sequence[FunctionView]) -> go.Figure:
         axis("entries of U", side="right", showgrid=False, tickformat=",d"),
     )
     figure.update_layout(
-        yaxis2=axis("f(u)", overlaying="y", side="left", zeroline=True, exponentformat="power"),
+        yaxis2=axis(
+            "f(u)",
+            overlaying="y",
+            side="left",
+            tickmode="auto",
+            zeroline=True,
+            exponentformat="power",
+        ),
         bargap=0,
     )
     return figure
@@ -121,5 +128,6 @@ _LEARNED = {
 _FUNCTION = (
     "Lines (left axis) are the learned function at several steps; bars (right axis) are how many "
     "entries of U lie there at the last of them. Only where there are bars does the shape matter: "
-    "a straight line through 0 would be plain LoRA, bends are what it adds."
+    "a straight line through 0 would be plain LoRA, bends are what it adds, and a flat line adds "
+    "one constant to every weight."
 )
