@@ -125,7 +125,7 @@ def make_analysis(names: Sequence[str]) -> dict[str, Any]:
             "step": step,
             "module": name,
             "u": [-1.0, -0.5, 0.0, 0.5, 1.0],
-            "f": [number() * (step + 1) for _ in range(5)],
+            "f": [None, *(number() * (step + 1) for _ in range(4))],
             "histogram": {"edges": [-1.0, -0.25, 0.25, 1.0], "counts": [10 + step, 80, 7]},
         }
         for step in (0, 10)

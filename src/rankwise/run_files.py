@@ -168,14 +168,17 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LearnedFunction:
-    """f of one LR-LoRA module at one step: `f[i] = f(u[i])`, and where the entries of U lie."""
+    """f of one LR-LoRA module at one step: `f[i] = f(u[i])`, None where it is not finite.
+
+    The histogram says where the entries of U lie.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _IGNORE
 
     step: NonNegativeInt
     module: str
     u: list[FiniteFloat]
-    f: list[FiniteFloat]
+    f: list[FiniteFloat | None]
     histogram: Histogram
 
     def __post_init__(self) -> None:
@@ -185,7 +188,7 @@ class LearnedFunction:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`analysis.json`: what an LR-LoRA run recorded of its functions and updates.
+    """`analysis.json`: what a run recorded of its updates, and LR-LoRA's of its functions.
 
     `spectra` holds the singular values of the final updates by module, largest first.
     """
@@ -195,7 +198,7 @@ class Analysis:
     steps: list[AnalysedStep] = field(default_factory=list)
     functions: list[LearnedFunction] = field(default_factory=list)
     conditioning: dict[str, dict[str, FiniteFloat | None]] = field(default_factory=dict)
-    spectra: dict[str, list[FiniteFloat]] = field(default_factory=dict)
+    spectra: dict[str, list[FiniteFloat | None]] = field(default_factory=dict)
     schema: Literal[1] = 1
 
 

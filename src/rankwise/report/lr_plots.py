@@ -104,7 +104,8 @@ _LEARNED = {
     "stable_rank": (
         "stable rank",
         "dimensions",
-        "How many directions the update f(B·A) really uses; f can lift it above the rank of B·A.",
+        "How many directions the update really uses; LR-LoRA's f can lift it above the rank of "
+        "B·A.",
     ),
     "stable_rank_without_constant": (
         "stable rank without f(0)",
@@ -114,7 +115,7 @@ _LEARNED = {
     ),
     "f0": (
         "f(0)",
-        "units of weight",
+        "before scaling",
         "What the function adds to every entry alike; near 0, the update is what U makes of it.",
     ),
     "u_min": ("smallest entry of U", "units of u", "Where the entries of U = B·A begin."),

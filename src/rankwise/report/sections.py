@@ -38,7 +38,7 @@ PLOTS: dict[str, tuple[str, Callable[[Report], list[Variant]]]] = {
     "history": ("Ranks over training", history_variants),
     "tracking": ("Gradients over training", tracking_variants),
     "functions": ("What LR-LoRA learned: f over U", function_variants),
-    "learned": ("LR-LoRA's updates over training", learned_variants),
+    "learned": ("The learned updates over training", learned_variants),
     "curve": ("How much rank to buy", curve_variants),
     "convergence": ("Were the batches enough", convergence_variants),
     "fisher": ("GID against Fisher information", fisher_variants),

@@ -63,14 +63,14 @@ class FunctionView:
     module: str
     step: int
     u: list[float]
-    f: list[float]
+    f: list[float | None]
     edges: list[float]
     counts: list[int]
 
 
 @dataclass(frozen=True)
 class LearnedView:
-    """What an LR-LoRA run recorded, see `rankwise.run_files.Analysis`.
+    """What a run recorded of its updates, see `rankwise.run_files.Analysis`.
 
     Attributes:
         steps: Steps at which it was recorded.
