@@ -89,6 +89,20 @@ def test_the_gram_spectrum_is_that_of_the_matrix() -> None:
     assert scores["a"] == pytest.approx(6 / 4)
 
 
+@pytest.mark.parametrize("statistic", get_args(Source))
+def test_a_profile_of_what_it_asks_for_is_enough(statistic: Source) -> None:
+    method = Compose(r=2, statistic=statistic)
+    profile = profile_gradients(
+        tiny_llama(),
+        [token_batch([6, 6], seed=i) for i in range(2)],
+        batches=2,
+        statistics=method.statistics,
+        progress=False,
+    )
+    assert (profile.gram is not None) == (statistic == "gram")
+    assert method.plan(profile).parameters
+
+
 def test_a_profile_without_grams_is_refused() -> None:
     with pytest.raises(PlanError, match=r"needs the Gram matrices"):
         Compose(statistic="gram").plan(synthetic_profile({"a": (8, 8)}, gid=2))

@@ -16,7 +16,7 @@ from rankwise.methods.base import costs_of, energies_of
 from rankwise.methods.budgeted import BudgetedMethod
 from rankwise.methods.uniform import BlockMethod, blocks_by_gid
 from rankwise.plan import AdapterKind, RankPlan
-from rankwise.profiling import GradientProfile
+from rankwise.profiling import GradientProfile, Statistic
 from rankwise.spectra import (
     effective_rank,
     energy_crossing,
@@ -93,6 +93,11 @@ class Compose(BudgetedMethod, BlockMethod):
             if value not in get_args(allowed):
                 hint = nearest(str(value), get_args(allowed))
                 raise PlanError(f"{option}={value!r} is not known; {hint}")
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:  # type: ignore[override]
+        """What a profile must hold, which hangs on an option here."""
+        return ("mean", "gram") if self.statistic == "gram" else ("mean",)
 
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Ranks by the rule under the budget, blocks by GID for `adapter="ralora"`.
