@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankwise as rw
 from rankwise.dynamic import DynamicRanks
@@ -84,10 +85,12 @@ def trainer_run(
     resume_from: Path | None = None,
     compact: bool = True,
     options: dict[str, Any] | None = None,
+    dropout: float = 0.1,
+    callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> tuple[Trainer, rw.RankCallback]:
     """A Trainer with a RankCallback, ready to train."""
-    model, plan = attached(dropout=0.1)
+    model, plan = attached(dropout=dropout)
     chosen = rw.DynamicOptions(**({"interval": 5, "window": 3} | (options or {})))
     callback = rw.RankCallback(
         plan, method, chosen, mode=mode, resume_from=resume_from, compact=compact
@@ -110,6 +113,6 @@ def trainer_run(
         TrainingArguments(**(settings | arguments)),
         train_dataset=Rows(),
         eval_dataset=Rows(4),
-        callbacks=[callback],
+        callbacks=[*callbacks, callback],
     )
     return trainer, callback

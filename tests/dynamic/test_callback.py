@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, Trainer
+from transformers import (
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import rankwise as rw
 from dynamic_runs import Rows, attached, trainer_run
@@ -117,15 +125,59 @@ def test_events_are_logged_as_scalars(tmp_path: Path) -> None:
     assert all(f"estimate/{n}" in entry for n in ranks)
 
 
-def test_events_reach_the_reporters_through_the_trainers_log(tmp_path: Path) -> None:
-    trainer, callback = trainer_run(tmp_path, max_steps=5, method=rw.LoraGid(r=4))
-    seen: list[dict[str, float]] = []
-    original = trainer.log
-    trainer.log = lambda logs, *rest: (seen.append(dict(logs)), original(logs, *rest))
-    callback.log_with(trainer)
+class Reporter(TrainerCallback):
+    """Stands for a tool that `report_to` names; every Trainer makes its own."""
+
+    seen: ClassVar[list[dict[str, float]]] = []
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.seen.append(logs)
+
+
+def test_events_go_to_what_report_to_names_and_not_to_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
+    monkeypatch.setattr(Reporter, "seen", [])
+    trainer, callback = trainer_run(
+        tmp_path, max_steps=6, method=rw.LoraGid(r=4), report_to=["tensorboard"]
+    )
     trainer.train()
-    (entry,) = [e for e in seen if "rank_event/moved" in e]
+    (entry,) = [logs for logs in Reporter.seen if "rank_event/moved" in logs]
+    assert entry["epoch"] == 5 / 32
+    assert {n: entry[f"rank/{n}"] for n in callback.ranks.state.ranks} == callback.ranks.state.ranks
     assert all(entry[f"gid/{n}"] >= 1 for n in callback.ranks.state.ranks)
+    # the event does not stand in for the loss of its step
+    losses = [e["step"] for e in trainer.state.log_history if "loss" in e]
+    assert losses == [1, 2, 3, 4, 5, 6] and sum("loss" in logs for logs in Reporter.seen) == 6
+    printed = capsys.readouterr()
+    assert "loss" in printed.out and "rank" not in printed.out + printed.err
+
+
+def test_without_a_trainer_scalars_are_said_to_be_lost(caplog: pytest.LogCaptureFixture) -> None:
+    model, plan = attached()
+    arguments = TrainingArguments(use_cpu=True, report_to="none")
+    rw.RankCallback(plan).on_init_end(arguments, TrainerState(), TrainerControl(), model=model)
+    assert "its scalars are not reported" in caplog.text
+
+
+def test_a_finished_run_that_is_resumed_takes_one_step_more_as_any_trainer_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What docs/train.md warns of is transformers' own: it asks whether to stop after a step."""
+    steps = []
+    for dynamic in (False, True):
+        folder = tmp_path / str(dynamic)
+        for resume in (None, str(folder / "checkpoint-3")):
+            trainer, callback = trainer_run(
+                folder, max_steps=3, save_strategy="steps", save_steps=3, compact=False
+            )
+            if not dynamic:
+                trainer.remove_callback(callback)
+            trainer.train(resume_from_checkpoint=resume)
+        steps.append(trainer.state.global_step)
+    assert steps == [4, 4]
+    assert "one step more than the 3 asked for" in caplog.text
 
 
 def test_trl_trains_with_the_callback(tmp_path: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from rankwise.dynamic.checkpoint import (
     SAVED,
@@ -21,10 +29,13 @@ from rankwise.dynamic.checkpoint import (
     write_window,
 )
 from rankwise.dynamic.controller import DynamicOptions
+from rankwise.dynamic.refusals import check_trainer
 from rankwise.dynamic.session import DynamicRanks, Mode
 from rankwise.errors import DynamicError
 from rankwise.methods import Method
 from rankwise.plan import RankPlan
+
+logger = logging.getLogger(__name__)
 
 
 class RankCallback(TrainerCallback, ExportableState):
@@ -35,9 +46,9 @@ class RankCallback(TrainerCallback, ExportableState):
     anyway; after the event's optimizer step it moves ranks; into every checkpoint it puts its
     state; at the end it leaves plain LoRA.
 
-    Scalars (`rank/MODULE`, `estimate/MODULE` and totals) go to the Trainer's log history at every
-    event, and to the tools that `report_to` names once `log_with(trainer)` was called: a callback
-    is not told which Trainer runs it.
+    Scalars (`rank/MODULE`, `estimate/MODULE` or `gid/MODULE`, and totals) go at every event to the
+    Trainer's log history and to its other callbacks, and so to the tools that `report_to` names,
+    but not to the console.
 
     Args:
         plan: The plan that the model was attached with.
@@ -69,7 +80,7 @@ class RankCallback(TrainerCallback, ExportableState):
         self._compact = compact
         self._resume_from = None if resume_from is None else Path(resume_from)
         self._session: DynamicRanks | None = None
-        self._log: Callable[[dict[str, float]], None] | None = None
+        self._handler: CallbackHandler | None = None
 
     @property
     def ranks(self) -> DynamicRanks:
@@ -84,10 +95,6 @@ class RankCallback(TrainerCallback, ExportableState):
                 "Trainer(..., callbacks=[RankCallback(plan)]), not to add_callback."
             )
         return self._session
-
-    def log_with(self, trainer: Any) -> None:
-        """Send events' scalars through `trainer.log`, and so to what `report_to` names."""
-        self._log = trainer.log
 
     def state(self) -> dict[str, Any]:
         """What Trainer writes to `trainer_state.json`."""
@@ -109,6 +116,8 @@ class RankCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint=True replaces callbacks by new ones; "
                 "leave it off, RankCallback restores itself."
             )
+        check_trainer(args)
+        self._handler = _calling_handler()
         self._session = self._make(model)
         if self._resume_from is not None:
             self._session.make_room(saved_in(self._resume_from))
@@ -122,6 +131,12 @@ class RankCallback(TrainerCallback, ExportableState):
             raise DynamicError(
                 "load_best_model_at_end loads weights of earlier ranks into a model of the present "
                 "ones, which mode='resize' cannot; use mode='masked'."
+            )
+        if state.max_steps > 0 and state.global_step >= state.max_steps:
+            logger.warning(
+                "resumed from the checkpoint of a finished run: in the middle of an epoch, Trainer "
+                "takes one step more than the %d asked for; resume from an earlier checkpoint",
+                state.max_steps,
             )
         if state.global_step:
             restore(
@@ -159,14 +174,25 @@ class RankCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Move ranks if it is time."""
-        if self.ranks.step() is None:
-            return
-        scalars = self.ranks.scalars()
-        if self._log is not None:
-            self._log(scalars)
-        else:
-            state.log_history.append({**scalars, "step": state.global_step})
+        """Move ranks if it is time; let one worker have all if it is going to save."""
+        if self.ranks.step() is not None:
+            self._report(args, state, control)
+        if control.should_save:
+            self.ranks.join()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let one worker have all if it is going to save."""
+        if control.should_save:
+            self.ranks.join()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let one worker have all: it saves if this evaluation turns out best."""
+        if args.save_strategy == SaveStrategy.BEST:
+            self.ranks.join()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -185,6 +211,18 @@ class RankCallback(TrainerCallback, ExportableState):
         if self._compact:
             self.ranks.compact()
 
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """What `Trainer.log` does, but for the console, where hundreds of numbers help nobody."""
+        scalars = self.ranks.scalars()
+        if state.epoch is not None:
+            scalars["epoch"] = state.epoch
+        state.log_history.append({**scalars, "step": state.global_step})
+        for callback in () if self._handler is None else self._handler.callbacks:
+            if not isinstance(callback, PrinterCallback | ProgressCallback):
+                callback.on_log(args, state, control, model=self.ranks.model, logs=dict(scalars))
+
     def _checkpoints(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
         """Where the checkpoint of a resume may lie: Trainer does not tell."""
         named = [self._resume_from, args.resume_from_checkpoint]
@@ -194,3 +232,15 @@ class RankCallback(TrainerCallback, ExportableState):
 
 def _own_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """Who called the callback: transformers passes neither its Trainer nor the other callbacks."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    logger.warning("no transformers Trainer calls this RankCallback: its scalars are not reported")
+    return None

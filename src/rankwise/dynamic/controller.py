@@ -193,6 +193,14 @@ class RankController:
             raise PlanError(f"the plan takes {used} parameters, over the budget of {self.budget}.")
         return ControllerState(ranks)
 
+    def in_order(self, state: ControllerState) -> ControllerState:
+        """The state with its modules in this controller's order, which files may have lost."""
+        return ControllerState(
+            {name: state.ranks[name] for name in self.costs},
+            {name: state.averages[name] for name in self.costs if name in state.averages},
+            state.events,
+        )
+
     def decide(self, state: ControllerState, estimates: Estimates) -> Decision:
         """Average the estimates and solve for new ranks.
 

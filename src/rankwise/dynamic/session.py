@@ -33,6 +33,7 @@ from rankwise.dynamic.controller import (
 )
 from rankwise.dynamic.estimates import default_method, estimate, rule_of
 from rankwise.dynamic.events import RankEvent, RankMove, reason
+from rankwise.dynamic.refusals import check_mode, check_parameters, plain_optimizer
 from rankwise.dynamic.saved import SavedRanks, digest
 from rankwise.dynamic.window import Window
 from rankwise.errors import DynamicError, PlanError, nearest
@@ -91,7 +92,8 @@ class DynamicRanks:
             raise PlanError(f"mode={mode!r}; {nearest(str(mode), get_args(Mode))}")
         self.model = model
         self.method = method or default_method(plan)
-        _check_workers(mode, self.method)
+        check_mode(mode)
+        check_parameters(lora_factors(model, adapter))
         self.options = options or DynamicOptions()
         self.mode = mode
         self.adapter = adapter
@@ -105,7 +107,7 @@ class DynamicRanks:
         self.window = Window(model.get_base_model(), shapes, self.method.statistics)
         self._seen = 0
         self._batches_since_step = 0
-        self._optimizer: HasState | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         self._allocate(self.state.ranks)
         if optimizer is not None:
             self.watch(optimizer)
@@ -125,17 +127,14 @@ class DynamicRanks:
         """Follow this optimizer's steps and state.
 
         A step that a loss scaler skips is no step: it runs no hook, and so moves no average.
+
+        Raises:
+            DynamicError: It is no optimizer, or does not hold the adapter's parameters whole.
         """
-        inner: Any = optimizer
-        while hasattr(inner, "optimizer"):  # Accelerate's wrapper calls itself an Optimizer too
-            inner = inner.optimizer
-        if not isinstance(inner, torch.optim.Optimizer):
-            raise DynamicError(
-                f"optimizer is a {type(inner).__name__}; dynamic ranks follow a "
-                "torch.optim.Optimizer, or a wrapper that keeps one in .optimizer."
-            )
-        self._optimizer = inner
-        inner.register_step_post_hook(self._on_optimizer_step)
+        factors = lora_factors(self.model, self.adapter)
+        check_parameters(factors)
+        self._optimizer = plain_optimizer(optimizer, factors)
+        self._optimizer.register_step_post_hook(self._on_optimizer_step)
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -197,8 +196,16 @@ class DynamicRanks:
             found["rank_event/active_parameters"] = last.used
         return found
 
+    def join(self) -> None:
+        """Let every worker hold all of a window under way; call it on all before one saves."""
+        self.window.join_()
+
     def saved(self) -> SavedRanks:
-        """The state for a checkpoint, beside the arrays of `window.arrays()`."""
+        """The state for a checkpoint, beside the arrays of `window.arrays()`.
+
+        Raises:
+            DynamicError: Other workers hold parts of the window: `join` was not called.
+        """
         return SavedRanks(
             self._settings(),
             self.steps,
@@ -230,7 +237,7 @@ class DynamicRanks:
                     f"the checkpoint was made with another {key}: {saved.settings.get(key)!r}, now "
                     f"{value!r}. Resume with the settings of the run, or start a new one."
                 )
-        self.state = saved.controller
+        self.state = self.controller.in_order(saved.controller)
         self.events = list(saved.events)
         self.steps = self._seen = saved.steps
         self._batches_since_step = 0
@@ -275,6 +282,7 @@ class DynamicRanks:
 
     def _event(self) -> RankEvent:
         workers.check_agreement(self._facts())  # first: what fails on one worker only would hang
+        check_parameters(lora_factors(self.model, self.adapter))
         self._check_empty(self._optimizer)
         batches, dropped = self.window.batches, list(self.window.dropped)
         profile = self.window.finish(self._start.model)
@@ -366,21 +374,3 @@ class DynamicRanks:
             "adapter": self.adapter,
             "plan": asdict(self._start),
         }
-
-
-def _check_workers(mode: Mode, method: Method) -> None:
-    """Refuse what several processes cannot do."""
-    if workers.count() == 1:
-        return
-    if mode == "resize":
-        raise DynamicError(
-            "mode='resize' changes parameters that other processes and wrappers hold on to; with "
-            f"{workers.count()} processes use mode='masked', or unwrap the model, resize and wrap "
-            "again."
-        )
-    if "gram" in method.statistics:
-        raise DynamicError(
-            f"method {method.name!r} compares the gradients of single batches, which are spread "
-            f"over {workers.count()} processes; use water-fill, lora-gid, ls-lora, or compose with "
-            "statistic='mean'."
-        )

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.dynamic import workers
+from rankwise.dynamic.joined import JoinedGradients, JoinedSum
+from rankwise.errors import DynamicError
 from rankwise.profiling import GradientProfile, ModuleStatistics, ProfileProvenance, Statistic
 from rankwise.profiling.capture import capture_gradients
-from rankwise.profiling.staging import dense
+from rankwise.profiling.staging import dense, wide_dtype
 from rankwise.profiling.statistics import ModuleResult, StreamingStatistics, sensitivity
 from rankwise.provenance import versions
 from rankwise.spectra import singular_values
@@ -28,6 +30,11 @@ class Window:
     an adapter wraps, so that nothing is frozen, run twice or changed. Each batch counts as it is
     backpropagated: the mean over a window is the mean of the gradients that the optimizer would
     have seen for W. A batch with a NaN or an infinity counts for no module.
+
+    Several workers each hold their parts of the batches, and `finish` joins them: what comes out is
+    what one process sees of the joined batches (`joined.py`). A part that does not count makes its
+    batch not count on any worker. Around measured batches a compiled model runs as it was written,
+    because compiled code does not look at hooks that came later.
 
     Args:
         model: The base model inside the `PeftModel`, with its adapters.
@@ -51,14 +58,18 @@ class Window:
 
     def clear(self) -> None:
         """Forget every batch."""
-        self.statistics = StreamingStatistics(self._shapes, self._wanted)
+        self._streams: list[JoinedSum | JoinedGradients] = []
+        make = None if workers.count() == 1 else self._joined_stream
+        self.statistics = StreamingStatistics(self._shapes, self._wanted, make)
         self.batches = 0
         self.dropped: list[str] = []
+        self._joined = 0
 
     def begin_batch(self) -> None:
         """A forward pass is about to start."""
         if not self._open:
             wrapped = [f"{name}{_BASE}" for name in self._shapes]
+            self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
             self._hooks.enter_context(
                 capture_gradients(
                     self._model,
@@ -78,6 +89,9 @@ class Window:
         if not self._running:
             return
         self._running = False
+        elsewhere = workers.first_of_any(self.statistics.spoiled)
+        if elsewhere is not None:
+            self.statistics.spoil(elsewhere)
         spoiled = self.statistics.end_batch()
         if spoiled is None:
             self.batches += 1
@@ -92,10 +106,26 @@ class Window:
         self._hooks.close()
         self._open = False
 
+    def join_(self) -> None:
+        """Hold on every worker what all have measured; for a checkpoint, by every worker."""
+        if self.batches and not self._is_joined:
+            for stream in self._streams:
+                stream.join_()
+        self._joined = self._ended
+
     def arrays(self) -> dict[str, Tensor]:
-        """The window so far for a checkpoint, on the CPU; empty if nothing was measured."""
+        """The window so far for a checkpoint, on the CPU; empty if nothing was measured.
+
+        Raises:
+            DynamicError: Other workers hold parts of it.
+        """
         if not self.batches and not self.dropped:
             return {}
+        if workers.count() > 1 and not self._is_joined:
+            raise DynamicError(
+                "gradients are being measured, and each worker holds its part of them; call "
+                "join() on every worker before one of them saves the state."
+            )
         held = self.statistics.arrays() | {"batches": torch.tensor(self.batches)}
         names = list(self._shapes)
         held["dropped"] = torch.tensor([names.index(n) for n in self.dropped], dtype=torch.int64)
@@ -112,22 +142,19 @@ class Window:
         self.dropped = [names[i] for i in arrays["dropped"].tolist()]
         rest = {k: t.to(self._device) for k, t in arrays.items() if k not in ("batches", "dropped")}
         self.statistics.restore(rest)
+        self._joined = self._ended
 
     def finish(self, model_name: str) -> GradientProfile | None:
         """The profile of the window, which then starts anew; None if no batch counts.
 
         Every worker gets the same one, over the batches of all.
         """
-        own, statistics = self.batches, self.statistics
+        batches, statistics = self.batches, self.statistics
         self.clear()
-        batches = workers.total(own, self._device)
         if not batches:
             return None
         results = {name: statistics.pop(name) for name in self._shapes}
-        gradients = {
-            name: workers.mean(self._gradient(name, result), own, batches)
-            for name, result in results.items()
-        }
+        gradients = {name: self._gradient(name, result) for name, result in results.items()}
         grams = {n: result.gram for n, result in results.items() if result.gram is not None}
         return GradientProfile(
             {
@@ -155,6 +182,21 @@ class Window:
     def _consume(self, name: str, x: Tensor, g: Tensor) -> None:
         if self._running:
             self.statistics.consume(name.removesuffix(_BASE), x, g)
+
+    @property
+    def _ended(self) -> int:
+        return self.batches + len(self.dropped)
+
+    @property
+    def _is_joined(self) -> bool:
+        return self._joined == self._ended
+
+    def _joined_stream(self, name: str) -> JoinedSum | JoinedGradients:
+        weight = linear_weight(self._model.get_submodule(f"{name}{_BASE}"))
+        like = torch.zeros((), dtype=wide_dtype(weight.dtype), device=self._device)
+        make = JoinedGradients if "gram" in self._wanted else JoinedSum
+        self._streams.append(make(self._shapes[name], like))
+        return self._streams[-1]
 
     def _gradient(self, name: str, result: ModuleResult) -> Tensor:
         shape = self._shapes[name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,25 +20,14 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def total(number: int, device: torch.device) -> int:
-    """The sum of a number over all workers."""
-    if count() == 1:
-        return number
-    tensor = torch.tensor(number, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor)
-    return int(tensor)
-
-
-def mean(own: Tensor, batches: int, all_batches: int) -> Tensor:
-    """The mean over all workers' batches of what has a mean over `batches` here.
-
-    In the tensor's own dtype, which is fp32 or wider; without other workers, the tensor itself.
-    """
+def mean(own: Tensor) -> Tensor:
+    """The mean over all workers, in the tensor's own dtype; without others, the tensor itself."""
     if count() == 1:
         return own
-    weighted = own.contiguous() * (batches / all_batches)
-    dist.all_reduce(weighted)
-    return weighted
+    total = own.clone(memory_format=torch.contiguous_format)
+    with _connected():
+        dist.all_reduce(total)
+    return total.div_(count())
 
 
 def of_the_first(value: T) -> T:
@@ -45,8 +35,14 @@ def of_the_first(value: T) -> T:
     if count() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _connected():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first_of_any(value: T | None) -> T | None:
+    """What the first worker that has something has, on every worker."""
+    return next((theirs for theirs in _everyones(value) if theirs is not None), None)
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
@@ -56,10 +52,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
         DynamicError: On every worker alike; it names the workers that differ from worker 0, and in
             what.
     """
-    if count() == 1:
-        return
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, dict(facts))
+    found = _everyones(dict(facts))
     differences = [
         f"worker {worker} has another {fact}"
         for worker, theirs in enumerate(found)
@@ -71,3 +64,25 @@ def check_agreement(facts: Mapping[str, str]) -> None:
             f"the workers no longer train one model: {'; '.join(differences)} than worker 0. Start "
             "every worker with the same plan, options, seed and checkpoint."
         )
+
+
+def _everyones(value: T) -> list[T]:
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    with _connected():
+        dist.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Say what a broken connection means: another worker has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DynamicError(
+            "the connection to another worker broke while ranks were decided; it has probably "
+            f"ended, and its own output says why ({str(error).splitlines()[0]}). Resume every "
+            "worker from rankwise.last_checkpoint(output_dir)."
+        ) from error

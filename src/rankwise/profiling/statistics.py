@@ -160,6 +160,11 @@ class StreamingStatistics:
             self._last_input = _Input(x, x._version, x.reshape(-1, x.shape[-1]), _peak(x))
         return self._last_input
 
+    @property
+    def spoiled(self) -> str | None:
+        """The module for whose sake the running batch is going to be dropped."""
+        return self._spoiled
+
     def spoil(self, name: str) -> None:
         """Let the running batch be dropped, for the sake of `name` unless a module was first."""
         self._spoiled = self._spoiled or name

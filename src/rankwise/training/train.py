@@ -274,9 +274,6 @@ def _fit(
             processing_class=tokenizer,
             callbacks=[callback, *filter(None, callbacks)],
         )
-        for each in callbacks:
-            if isinstance(each, RankCallback):
-                each.log_with(trainer)
         trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
         trainer.train()
     seconds["evaluate"] = callback.seconds
