@@ -12,7 +12,7 @@ PIP_VERSION := 26.3
 PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance peft-newest bench bench-quick check lint format types imports clean
+.PHONY: help demo test kills conformance peft-newest bench bench-quick check lint format types imports clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,10 +20,13 @@ help:  ## Show this list.
 demo: .venv/.demo-stamp  ## Fine-tune a small real model with RaLoRA and with LoRA and compare; ARGS="--help" for options.
 	.venv/bin/rankwise demo --out runs/demo $(ARGS)
 
-check: lint types imports test conformance  ## What CI runs.
+check: lint types imports test kills conformance  ## What CI runs.
 
 test: .venv/.dev-stamp  ## Run the test suite.
 	$(PY) -m pytest
+
+kills: .venv/.dev-stamp  ## Kill a training run 40 times, in steps, events and saves; it must end as if it never was.
+	RANKWISE_KILLS=40 $(PY) -m pytest -s tests/dynamic/test_killed.py
 
 conformance: .venv/.dev-stamp  ## Run PEFT's own tests on our adapters; they must catch broken ones.
 	$(PY) scripts/conformance.py --controls

@@ -4,33 +4,56 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 import rankwise as rw
 from dynamic_runs import trainer_run
 
-STEPS = 10
+PHASES = {"s": "step", "e": "event", "c": "save"}
+"""Marker that begins a phase -> its name; the capital letter ends it."""
+Mark = Callable[[str], None]
 
 
-def run(folder: Path) -> dict[str, Any]:
+class _Steps(TrainerCallback):
+    """Marks where optimizer steps begin and end."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._mark = mark
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._mark("s")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._mark("S")
+
+
+def run(folder: Path, steps: int, mark: Mark) -> dict[str, Any]:
     """Train to the end, from the last whole checkpoint if there is one; all that must be equal."""
     torch.set_num_threads(1)
     checkpoint = rw.last_checkpoint(folder)
-    if checkpoint is not None and checkpoint.name == f"checkpoint-{STEPS}":
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{steps}":
         # killed after its last save: resumed from there, Trainer would take one step too many
         shutil.rmtree(checkpoint)
         checkpoint = rw.last_checkpoint(folder)
     trainer, callback = trainer_run(
         folder,
         compact=False,
-        options={"interval": 3, "window": 2},
+        options={"interval": 10, "window": 3},
+        callbacks=[_Steps(mark)],
         save_strategy="steps",
         save_steps=1,
-        max_steps=STEPS,
+        save_total_limit=3,
+        logging_steps=1,
+        max_steps=steps,
     )
+    _mark_around(callback.ranks, "_event", mark, "e", "E")
+    _mark_around(trainer, "_save_checkpoint", mark, "c", None)
+    _mark_around(callback, "on_save", mark, None, "C")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = trainer.optimizer.state_dict()["state"]
     return {
@@ -43,9 +66,28 @@ def run(folder: Path) -> dict[str, Any]:
     }
 
 
-def child(folder: str, started: str) -> None:
-    """What a process does that may be killed."""
-    Path(started).write_text(str(os.getpid()))
-    done = run(Path(folder))
+def child(folder: str, steps: int, pipe: int) -> None:
+    """What a process does that may be killed; every marker is one byte in the pipe."""
+    done = run(Path(folder), steps, lambda marker: _tell(pipe, marker))
     torch.save(done, f"{folder}.part")
     os.replace(f"{folder}.part", f"{folder}.done")
+
+
+def _tell(pipe: int, marker: str) -> None:
+    os.write(pipe, marker.encode())
+
+
+def _mark_around(
+    thing: Any, method: str, mark: Mark, before: str | None, after: str | None
+) -> None:
+    original = getattr(thing, method)
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            mark(before)
+        found = original(*args, **kwargs)
+        if after is not None:
+            mark(after)
+        return found
+
+    setattr(thing, method, marked)
