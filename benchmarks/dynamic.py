@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -49,13 +49,15 @@ def _against_static(
         other.step()
         other.zero_grad()
 
-    static_step()
+    static_step()  # the first step also makes the optimizer state; the dynamic runs take medians
     seconds: dict[str, list[float]] = {"static": [], "outside": [], "inside": []}
-    event = 0.0
+    event, held = 0.0, 0
     for step in range(1, WINDOW + _OUTSIDE + 1):
         seconds["static"].append(_seconds(static_step))
         where = "inside" if options.is_measured(step, WINDOW) else "outside"
         seconds[where].append(_seconds(dynamic_step))
+        if step == WINDOW + _OUTSIDE:
+            held = _bytes(ranks.window.statistics.arrays().values())
         event = _seconds(ranks.step)
     assert [e.step for e in ranks.events] == [WINDOW + _OUTSIDE]
     median = {where: statistics.median(values) for where, values in seconds.items()}
@@ -70,6 +72,7 @@ def _against_static(
         Row(f"{what}: step in the window", median["inside"] / median["static"], "of it"),
         Row(f"{what}: event", event / median["static"], "static steps"),
         Row(f"{what}: empty slots and their moments", _empty_bytes(ranks) / 2**20, "MiB"),
+        Row(f"{what}: what a window holds at its end", held / 2**20, "MiB"),
     ]
 
 
@@ -88,3 +91,9 @@ def _empty_bytes(ranks: rw.DynamicRanks) -> int:
     factors = lora_factors(ranks.model)
     allocated = sum(f.slots * ranks.controller.costs[n] for n, f in factors.items())
     return 4 * 4 * (allocated - ranks.plan.parameters)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Memory of tensors, of which modules with one input share some."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -296,7 +296,8 @@ def _losses(
     for label, metric in metrics.items():
         cells[label] = {m: {str(s): metric(runs[m][s]) for s in seeds} for m in settings.parts}
         found = [summarise(list(values.values())) for values in cells[label].values()]
-        _row(label, *(f"{v.mean:,.4f} (sd {v.deviation:.4f})" for v in found))
+        digits = 4 if "loss" in label else 0
+        _row(label, *(f"{v.mean:,.{digits}f} (sd {v.deviation:.{digits}f})" for v in found))
     print(f"\nPaired differences, other minus {dynamic}; above 0, {dynamic} is better:\n")
     _row("", "against", "difference", "95 % interval", "p (t)", "p (Holm)", "dynamic better in")
     _row(*["---"] * 7)
