@@ -2,10 +2,11 @@
 
 from rankwise.adapters.attach import adapter_config, attach
 from rankwise.adapters.block_diagonal import RaLoraConfig, RaLoraLinear, RaLoraModel
-from rankwise.adapters.elementwise import LrLoraConfig, LrLoraLinear, LrLoraModel
+from rankwise.adapters.elementwise import LrLoraLinear, LrLoraModel, compile_lr_lora_
 from rankwise.adapters.export import Exported, export_lora, export_merged, save_native
 from rankwise.adapters.fuse_lora import fuse_lora_, unfuse_lora_
 from rankwise.adapters.loading import load_adapter
+from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.adapters.param_groups import lr_lora_param_groups
 from rankwise.adapters.registration import register
 
@@ -22,6 +23,7 @@ __all__ = [
     "RaLoraModel",
     "adapter_config",
     "attach",
+    "compile_lr_lora_",
     "export_lora",
     "export_merged",
     "fuse_lora_",

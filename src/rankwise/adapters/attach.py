@@ -11,7 +11,7 @@ from torch import nn
 
 from rankwise.adapters.base_fingerprint import remember_base_
 from rankwise.adapters.block_diagonal import RaLoraConfig
-from rankwise.adapters.elementwise import LrLoraConfig
+from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.errors import PlanError, nearest
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.provenance import model_fingerprint
@@ -102,8 +102,7 @@ def attach(
         options["task_type"] = "CAUSAL_LM"
     config = adapter_config(plan, **options)
     config.target_modules = plan.target_modules(model)
-    if not isinstance(config, LrLoraConfig):
-        remember_base_(config, model_fingerprint(model))
+    remember_base_(config, model_fingerprint(model))
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 

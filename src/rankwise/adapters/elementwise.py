@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,134 +17,19 @@ from torch.nn import functional as F
 
 from rankwise.adapters import options
 from rankwise.adapters.delta import DeltaLayer, DeltaModel
-from rankwise.adapters.registration import peft_type
+from rankwise.adapters.fused import frozen_linear
+from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.adapters.transfer import (
     BASES,
     BasisName,
-    GridKind,
+    Evaluation,
     Transfer,
     evaluate,
+    factorisation,
+    factorised_linear,
     grid_points,
     transfer_linear,
 )
-
-logger = logging.getLogger(__name__)
-
-Start = Literal["live", "paper", "grid_shift", "small"]
-Share = Literal["none", "grid", "bandwidth", "amplitude", "all"]
-
-
-@dataclass
-class LrLoraConfig(PeftConfig):
-    """Configuration of LR-LoRA adapters, as saved in `adapter_config.json`.
-
-    Attributes:
-        r: Rank of `B A`, where `rank_pattern` names no other; also the reference rank of the
-            scaling `alpha / r`, which is the same for every layer.
-        alpha: Scaling numerator; default `2 r`, which the paper uses.
-        rank_pattern: Module name, or the end of one after a dot -> rank. Names are literal, not
-            regular expressions; the longest that matches counts.
-        target_modules: As in PEFT. `rankwise.placed_modules` names those of one kind or some
-            layers.
-        exclude_modules: As in PEFT.
-        dropout: Probability of dropping an input column of the update, one mask a forward pass:
-            the update is a matrix before it meets tokens, so each cannot have a mask of its own.
-        basis: `"sinc"`, `"rbf"`, `"spline"`, `"fourier"`, `"polynomial"`, or `"sine"`, SineLoRA's
-            fixed `sin(omega B A) / sqrt(d_in)`.
-        points: Grid points K, default 50; a module has 2K parameters (LR-LoRA section 4.1), 3K
-            with a learned grid, whatever the basis.
-        span: Half width L of the grid; default 3 (the same).
-        grid: `"uniform"`, `"chebyshev"`, `"random"` or `"learned"`; sinc and rbf only.
-        grid_seed: Of the random grid.
-        bandwidth: `"learned"`, as `softplus(v_k)`, or `"fixed"`; sinc and rbf only.
-        bandwidth_init: `w_k` at the start; default 1 (the same).
-        init: `"live"`, the default: amplitudes zero and B random at A's scale, so that the update
-            is zero and everything has a gradient once the amplitudes have moved. `"paper"`:
-            amplitudes and B zero, which is a dead point of A and B: f stays even, so `f'(0) = 0`.
-            `"grid_shift"`: the same with the grid moved by a quarter of a cell, so that f is not
-            even. `"small"`: B zero, amplitudes normal; the update is a small constant.
-        amplitude_std: Of the amplitudes under `init="small"`; default 0.1 (LR-LoRA table 18).
-        omega: Frequency of the basis `"sine"`.
-        share: Which parameters of f all modules have in common (LR-LoRA table 20).
-        init_weights: False draws all parameters at random, so that the adapter does something (for
-            tests).
-        bias: `"none"`, `"all"` or `"lrlora_only"`, as in PEFT.
-        modules_to_save: As in PEFT.
-        layers_to_transform: As in PEFT.
-        layers_pattern: As in PEFT.
-    """
-
-    r: int = 8
-    alpha: float | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    dropout: float = 0.0
-    basis: BasisName = "sinc"
-    points: int = 50
-    span: float = 3.0
-    grid: GridKind = "uniform"
-    grid_seed: int = 0
-    bandwidth: Literal["learned", "fixed"] = "learned"
-    bandwidth_init: float = 1.0
-    init: Start = "live"
-    amplitude_std: float = 0.1
-    omega: float = 100.0
-    share: Share = "none"
-    init_weights: bool = True
-    bias: Literal["none", "all", "lrlora_only"] = "none"
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = peft_type("lrlora")
-        options.check_targets(self)
-        self._check_numbers()
-        self._check_basis()
-
-    def _check_numbers(self) -> None:
-        options.check_whole("r", self.r)
-        options.check_pattern_keys("rank_pattern", self.rank_pattern)
-        for key, rank in self.rank_pattern.items():
-            options.check_whole(f"rank_pattern[{key!r}]", rank)
-        if self.alpha is None:
-            self.alpha = 2 * self.r
-        options.check_whole("points", self.points, 2)
-        options.check_whole("grid_seed", self.grid_seed, 0)
-        for name in ("alpha", "span", "bandwidth_init", "amplitude_std", "omega"):
-            options.check_positive(name, getattr(self, name))
-        options.check_dropout(self.dropout)
-
-    def _check_basis(self) -> None:
-        options.check_choice("basis", self.basis, tuple(BASES))
-        options.check_choice("grid", self.grid, get_args(GridKind))
-        options.check_choice("bandwidth", self.bandwidth, ("learned", "fixed"))
-        options.check_choice("init", self.init, get_args(Start))
-        options.check_choice("share", self.share, get_args(Share))
-        options.check_choice("bias", self.bias, ("none", "all", "lrlora_only"))
-        if not BASES[self.basis].local:
-            for name, default in (("grid", "uniform"), ("bandwidth", "learned")):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} says nothing about basis={self.basis!r}, "
-                        "which has no grid and no bandwidths; leave it out or use 'sinc' or 'rbf'."
-                    )
-            if self.init == "grid_shift":
-                raise ValueError(
-                    f"init='grid_shift' needs a grid, which basis={self.basis!r} lacks; use 'live'."
-                )
-
-    def rank_of(self, module: str) -> int:
-        """The rank of a module's factors."""
-        return options.longest_match(self.rank_pattern, module, self.r)
-
-    @property
-    def scaling(self) -> float:
-        """The factor s, `alpha / r`."""
-        assert self.alpha is not None
-        return self.alpha / self.r
 
 
 class Weight(nn.Module):
@@ -171,7 +54,14 @@ class LrLoraLinear(DeltaLayer):
         "lrlora_bandwidth",
         "lrlora_grid",
     )
-    other_param_names = ("r", "scaling", "lrlora_config", "lrlora_dropout", "lrlora_fixed")
+    other_param_names = (
+        "r",
+        "scaling",
+        "lrlora_config",
+        "lrlora_dropout",
+        "lrlora_fixed",
+        "lrlora_passes",
+    )
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__(base_layer, **quantization)
@@ -180,6 +70,9 @@ class LrLoraLinear(DeltaLayer):
         self.lrlora_config: dict[str, tuple[BasisName, float]] = {}
         # a fixed grid and fixed bandwidths
         self.lrlora_fixed: dict[str, tuple[Tensor, Tensor]] = {}
+        # training passes through the dense matrix, and through factors of higher rank
+        self.lrlora_passes: dict[str, list[int]] = {}
+        self.lrlora_evaluation: Evaluation = "auto"
         self.lrlora_dropout = nn.ModuleDict({})
         self.lrlora_A = nn.ModuleDict({})
         self.lrlora_B = nn.ModuleDict({})
@@ -202,6 +95,7 @@ class LrLoraLinear(DeltaLayer):
         options.check_rank_fits(r, module, self.in_features, self.out_features)
         sine = config.basis == "sine"
         self.r[adapter] = r
+        self.lrlora_passes[adapter] = [0, 0]
         self.scaling[adapter] = config.scaling / (math.sqrt(self.in_features) if sine else 1)
         self.lrlora_config[adapter] = (config.basis, config.omega if sine else config.span)
         self.lrlora_dropout[adapter] = (
@@ -303,28 +197,13 @@ class LrLoraLinear(DeltaLayer):
         there is one product instead of two.
         """
         active = [name for name in self.active_adapters if self.has_adapter(name)]
-        if args or kwargs or len(active) != 1 or not self._one_product(x, active[0]):
-            return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        assert isinstance(base, nn.Linear)
-        return self._linear(x, active[0], base.weight, base.bias)
-
-    def _one_product(self, x: Tensor, adapter: str) -> bool:
-        """Whether W can be read instead of calling the base layer, without anybody noticing."""
-        base = self.base_layer
-        if type(base) is not nn.Linear or self.disable_adapters or self.merged:
-            return False
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
         # in half precision the sum W + s f(U) would swallow small updates
-        dtypes = {x.dtype, base.weight.dtype, self.factor_dtype(adapter)}
-        return (
-            not hooked
-            and not trained
-            and "forward" not in vars(base)  # accelerate's hooks replace it
-            and dtypes in ({torch.float32}, {torch.float64})
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+        plain = not (args or kwargs or self.disable_adapters or self.merged)
+        if plain and len(active) == 1 and x.dtype in (torch.float32, torch.float64):
+            frozen = frozen_linear(self.base_layer, x, self._weight("lrlora_A", active[0]))
+            if frozen is not None:
+                return self._linear(x, active[0], *frozen)
+        return super().forward(x, *args, **kwargs)
 
     def _linear(
         self, x: Tensor, adapter: str, weight: Tensor | None, bias: Tensor | None
@@ -333,16 +212,18 @@ class LrLoraLinear(DeltaLayer):
         if isinstance(dropout, nn.Dropout) and dropout.training:
             columns = dropout(torch.ones(self.in_features, device=x.device))
         a, b = self.factors(adapter)
-        return transfer_linear(
-            x,
-            a,
-            b,
-            self.transfer(adapter),
-            scale=self.scaling[adapter],
-            weight=weight,
-            bias=bias,
-            columns=columns,
-        )
+        f, scale = self.transfer(adapter), self.scaling[adapter]
+        rest: dict[str, Any] = {"weight": weight, "bias": bias, "columns": columns}
+        way = None
+        if x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            way = factorisation(f, a.detach(), b.detach(), x.numel() // self.in_features)
+        if self.training:
+            self.lrlora_passes[adapter][0 if way is None else 1] += 1
+        if way is None:
+            return transfer_linear(
+                x, a, b, f, scale=scale, evaluation=self.lrlora_evaluation, **rest
+            )
+        return factorised_linear(x, a, b, f, way, scale=scale, **rest)
 
     def add_delta(
         self,
@@ -391,3 +272,23 @@ class LrLoraModel(DeltaModel):
                 if adapter_name in getattr(layer, container):
                     shared = getattr(layers[0], container)[adapter_name]
                     getattr(layer, container)[adapter_name] = shared
+
+
+def compile_lr_lora_(model: nn.Module) -> int:
+    """Let LR-LoRA layers evaluate f by kernels that `torch.compile` makes, in place.
+
+    Worth it where ranges have grown so that the factorised path is over and polynomials are long.
+    The first steps take a minute longer; a C++ compiler is needed, on GPUs Triton.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LrLoraLinear)]
+    if not layers:
+        raise ValueError("the model has no LR-LoRA adapter; attach one before compiling it.")
+    for layer in layers:
+        layer.lrlora_evaluation = "compiled"
+    return len(layers)

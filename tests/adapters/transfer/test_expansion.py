@@ -17,7 +17,7 @@ from rankwise.adapters.transfer import (
     evaluator,
     gradients,
 )
-from rankwise.adapters.transfer.evaluators import Cells, Direct, Powers
+from rankwise.adapters.transfer.evaluators import Cells, Direct, Polynomial
 from rankwise.adapters.transfer.expansion import MAX_POWER, expansion_degree
 from transfer_samples import NAMES, relative_error, sample
 
@@ -84,8 +84,8 @@ def test_whatever_is_expanded_is_right(
 class TestChoice:
     def test_narrow_ranges_take_powers_wider_ones_cells_the_widest_formulas(self) -> None:
         f = Transfer("sinc", 3.0, torch.ones(50), torch.ones(50), torch.linspace(-3, 3, 50)).wide()
-        assert kind_of(f, 0.0) is Powers
-        assert kind_of(f, 0.7) is Powers
+        assert kind_of(f, 0.0) is Polynomial
+        assert kind_of(f, 0.7) is Polynomial
         assert kind_of(f, 5.0) is Cells
         assert kind_of(f, 50.0) is Direct
         assert kind_of(f, math.inf) is kind_of(f, math.nan) is Direct

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from dense_tensors import DenseTensors
 from rankwise.adapters.transfer import (
     BASES,
     BasisName,
@@ -108,28 +106,6 @@ def test_f_is_computed_in_fp32_under_bf16_factors() -> None:
     matrix = evaluate(b.double() @ a.double(), f)
     expected = x.double() @ matrix.T
     assert (output - expected).abs().max() <= 2**-7 * (x.double().abs() @ matrix.abs().T).max()
-
-
-class DenseTensors(TorchDispatchMode):
-    """Counts how many storages as large as a tensor's live at one time, without its own."""
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self.like, self.peak = like.untyped_storage(), 0
-        self.alive: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if not isinstance(value, Tensor):
-                continue
-            storage = value.untyped_storage()
-            known = storage.data_ptr() == self.like.data_ptr()
-            if storage.nbytes() >= self.like.nbytes() and not known:
-                self.alive[storage.data_ptr()] = StorageWeakRef(storage)
-        self.alive = {at: ref for at, ref in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, len(self.alive))
-        return result
 
 
 SIZE = (600, 500)

@@ -1,10 +1,16 @@
 """Learned elementwise functions of a low-rank matrix, and linear layers through them.
 
 `bases.py` holds the formulas, `grids.py` the grids, `expansion.py` the way to a cost that does not
-grow with K, `evaluators.py` what runs over the entries, `function.py` the differentiable layer.
+grow with K, `evaluators.py` what runs over the entries, `function.py` the differentiable layer,
+`factorised.py` the one for small ranges, which forms no matrix of the size of W.
 """
 
 from rankwise.adapters.transfer.bases import BASES, BasisName, ParameterGradients, Transfer
+from rankwise.adapters.transfer.factorised import (
+    Factorised,
+    factorisation,
+    factorised_linear,
+)
 from rankwise.adapters.transfer.function import (
     Evaluation,
     evaluate,
@@ -18,11 +24,14 @@ __all__ = [
     "BASES",
     "BasisName",
     "Evaluation",
+    "Factorised",
     "GridKind",
     "ParameterGradients",
     "Transfer",
     "evaluate",
     "evaluator",
+    "factorisation",
+    "factorised_linear",
     "gradients",
     "grid_points",
     "transfer_linear",

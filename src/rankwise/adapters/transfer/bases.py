@@ -173,7 +173,7 @@ class Sinc(Local):
     def reach(self, f: Transfer, radius: float) -> float:
         """`pi w_max R`: sinc holds frequencies up to pi w."""
         assert f.bandwidth is not None
-        return math.pi * float(f.bandwidth.abs().max()) * radius
+        return math.pi * float(f.bandwidth.detach().abs().max()) * radius
 
     def log_bound(self, j: int, reach: float, functions: int) -> float:
         """`|c_j| <= 2 (reach/2)^j / (j! (j + 1))`.
@@ -193,7 +193,7 @@ class Gaussian(Local):
     def reach(self, f: Transfer, radius: float) -> float:
         """`2 w_max R`."""
         assert f.bandwidth is not None
-        return 2 * float(f.bandwidth.abs().max()) * radius
+        return 2 * float(f.bandwidth.detach().abs().max()) * radius
 
     def log_bound(self, j: int, reach: float, functions: int) -> float:
         """`|c_j| <= 2 (reach/2)^j Gamma((j+1)/2) / (sqrt(pi) j!)`.

@@ -16,17 +16,32 @@ Adjoint = Callable[[Tensor], ParameterGradients]
 
 
 class Evaluator(ABC):
-    """Evaluates f; made for one call, because it gathers the gradients of the parameters."""
+    """Evaluates f; made for one call, because it gathers the gradients of the parameters.
+
+    Attributes:
+        scale: Entries come multiplied by it, because factors of U are scaled more cheaply than U.
+        block: Entries at a time that stay in a core's own cache with all temporaries.
+    """
+
+    scale: float = 1.0
+    block: int = 2**14
+
+    def room(self, count: int, like: Tensor) -> Tensor:
+        """A vector for the next entries; it saves a copy to put them there."""
+        return torch.empty(count, dtype=like.dtype, device=like.device)
 
     @abstractmethod
-    def value(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`f(u)`, a new tensor."""
+    def value(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """`f(u)` at `v = scale u`, a new tensor."""
 
     @abstractmethod
     def backward(
-        self, u: Float[Tensor, "*shape"], upstream: Float[Tensor, "*shape"]
-    ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-        """`f(u)` and `f'(u)`; adds `sum upstream df(u)/dtheta` to the parameters' gradients."""
+        self, v: Float[Tensor, " n"], upstream: Float[Tensor, " n"]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """`f(u)` and `upstream f'(u)`, new tensors.
+
+        Adds `sum upstream df(u)/dtheta` to the parameters' gradients.
+        """
 
     @abstractmethod
     def gradients(self) -> ParameterGradients:
@@ -45,29 +60,25 @@ class Direct(Evaluator):
 
     def _chunks(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         size = max(1, self.BLOCK // len(self.f.amplitude))
-        return list(zip(*(t.reshape(-1).split(size) for t in tensors), strict=True))
+        return list(zip(*(t.double().split(size) for t in tensors), strict=True))
 
-    def value(self, u: Tensor) -> Tensor:
+    def value(self, v: Tensor) -> Tensor:
         """`f(u)`."""
-        parts = [self.basis.value(chunk.double(), self.f) for (chunk,) in self._chunks(u)]
-        return torch.cat(parts).reshape(u.shape).to(self.dtype)
+        parts = [self.basis.value(chunk, self.f) for (chunk,) in self._chunks(v)]
+        return torch.cat(parts).to(self.dtype)
 
-    def backward(self, u: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """`f(u)` and `f'(u)`."""
+    def backward(self, v: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """`f(u)` and `upstream f'(u)`."""
         values, slopes = [], []
-        for chunk, weight in self._chunks(u, upstream):
-            wide = chunk.double()
-            values.append(self.basis.value(wide, self.f))
-            slopes.append(self.basis.slope(wide, self.f))
-            parts = self.basis.gradients(wide, weight.double(), self.f)
+        for chunk, weight in self._chunks(v, upstream):
+            values.append(self.basis.value(chunk, self.f))
+            slopes.append(weight * self.basis.slope(chunk, self.f))
+            parts = self.basis.gradients(chunk, weight, self.f)
             self.total = [
                 part if total is None or part is None else total + part
                 for total, part in zip(self.total, parts, strict=True)
             ]
-        return (
-            torch.cat(values).reshape(u.shape).to(self.dtype),
-            torch.cat(slopes).reshape(u.shape).to(self.dtype),
-        )
+        return torch.cat(values).to(self.dtype), torch.cat(slopes).to(self.dtype)
 
     def gradients(self) -> ParameterGradients:
         """The gradients gathered so far."""
@@ -76,50 +87,69 @@ class Direct(Evaluator):
         return ParameterGradients(amplitude, bandwidth, grid)
 
 
-class Powers(Evaluator):
-    """A polynomial in powers of `v = scale u`, `|v| <= 1`."""
+class Polynomial(Evaluator):
+    """A polynomial of `v = u / R`, `|v| <= 1`.
+
+    Args:
+        powers: Its coefficients.
+        chebyshev: Its coefficients and those of its derivative by u, in Chebyshev polynomials.
+        radius: R.
+        adjoint: From the moments `sum upstream T_j(v)`.
+        dtype: Of entries and results.
+    """
 
     def __init__(
-        self, coefficients: Tensor, scale: float, adjoint: Adjoint, dtype: torch.dtype
+        self,
+        powers: Tensor,
+        chebyshev: tuple[Tensor, Tensor],
+        radius: float,
+        adjoint: Adjoint,
+        dtype: torch.dtype,
     ) -> None:
-        degrees = torch.arange(len(coefficients), device=coefficients.device)
-        self.coefficients = coefficients.to(dtype)
-        # of f'(u) in the same powers; the last is 0
-        self.slopes = (coefficients * degrees * scale).roll(-1).to(dtype)
-        self.scale, self.adjoint = scale, adjoint
-        self.moments = torch.zeros_like(coefficients)
+        self.powers = powers.to(dtype)
+        # the rows' signs are +, +, -, -, +, ...: then each is the one before the last plus or minus
+        # 2 v times the last, which is one operation
+        order = torch.arange(len(powers), device=powers.device)
+        self.signs = 1.0 - 2.0 * (order % 4 >= 2).double()
+        self.coefficients, self.slopes = ((c * self.signs).to(dtype) for c in chebyshev)
+        self.scale, self.adjoint = 1 / radius, adjoint
+        self.moments = torch.zeros_like(powers)
+        # the rows, the weight and four results fill half of a cache of 2 MiB
+        self.block = 2**18 // (len(powers) + 5)
         self.rows: Tensor | None = None
 
-    def value(self, u: Tensor) -> Tensor:
+    def room(self, count: int, like: Tensor) -> Tensor:
+        """The row of `T_1(v) = v`."""
+        if self.rows is None or self.rows.shape[1] != count:
+            shape = (len(self.powers), count)
+            self.rows = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self.rows[0] = 1
+        return self.rows[1]
+
+    def value(self, v: Tensor) -> Tensor:
         """`f(u)` by Horner's rule, one pass over the entries a degree."""
-        v = u * self.scale
-        *rest, last = self.coefficients.unbind()
-        result = torch.full_like(v, float(last))
+        *rest, before, last = self.powers.unbind()
+        result = torch.addcmul(before, v, last)
         for coefficient in reversed(rest):
             torch.addcmul(coefficient, result, v, out=result)
         return result
 
-    def backward(self, u: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """`f(u)`, `f'(u)` and the moments from one set of powers, kept by rows."""
-        rows = self._powers(u)
-        value, slope = torch.empty_like(u), torch.empty_like(u)
-        torch.mv(rows.T, self.coefficients, out=value.view(-1))
-        torch.mv(rows.T, self.slopes, out=slope.view(-1))
+    def backward(self, v: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """`f(u)`, `upstream f'(u)` and the moments from one set of rows."""
+        first = self.room(len(v), v)
+        if v.data_ptr() != first.data_ptr():
+            first.copy_(v)
+        assert self.rows is not None
+        for j in range(2, len(self.rows)):
+            two = 2.0 if j % 2 else -2.0
+            torch.addcmul(self.rows[j - 2], self.rows[j - 1], first, value=two, out=self.rows[j])
+        value = torch.mv(self.rows.T, self.coefficients)
+        slope = torch.mv(self.rows.T, self.slopes).mul_(upstream)
         # a matrix-vector product would add thousands of terms one after the other; `sum` adds them
         # in pairs and keeps two digits more where they cancel
-        sums = rows.mul_(upstream.reshape(-1)).sum(dim=1)
-        self.moments += sums
+        sums = self.rows[1:].mul_(upstream).sum(dim=1)
+        self.moments += torch.cat([upstream.sum()[None], sums]) * self.signs
         return value, slope
-
-    def _powers(self, u: Tensor) -> Tensor:
-        count = len(self.coefficients)
-        if self.rows is None or self.rows.shape[1] != u.numel():
-            self.rows = torch.empty(count, u.numel(), dtype=u.dtype, device=u.device)
-        self.rows[0] = 1
-        power = first = torch.mul(u.reshape(-1), self.scale, out=self.rows[1])
-        for row in self.rows[2:].unbind():
-            power = torch.mul(power, first, out=row)
-        return self.rows
 
     def gradients(self) -> ParameterGradients:
         """The gradients gathered so far."""
@@ -142,36 +172,36 @@ class Cells(Evaluator):
         dtype: torch.dtype,
     ) -> None:
         self.table = table.to(dtype).contiguous()
-        self.scale, self.shift, self.adjoint = scale, shift, adjoint
+        self.steps, self.shift, self.adjoint = scale, shift, adjoint
         self.moments = torch.zeros_like(table)
 
     def _locate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         cells = self.table.shape[1]
-        s = u.reshape(-1).double().mul_(self.scale).add_(self.shift).clamp_(0, cells)
+        s = u.double().mul_(self.steps).add_(self.shift).clamp_(0, cells)
         index = s.long().clamp_(max=cells - 1)
         return index, (s - index).to(u.dtype)
 
-    def value(self, u: Tensor) -> Tensor:
+    def value(self, v: Tensor) -> Tensor:
         """`f(u)`."""
-        index, t = self._locate(u)
+        index, t = self._locate(v)
         c0, c1, c2, c3 = (row.index_select(0, index) for row in self.table)
-        return c3.mul_(t).add_(c2).mul_(t).add_(c1).mul_(t).add_(c0).view(u.shape)
+        return c3.mul_(t).add_(c2).mul_(t).add_(c1).mul_(t).add_(c0)
 
-    def backward(self, u: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """`f(u)`, `f'(u)` and the moments of every cell."""
-        index, t = self._locate(u)
+    def backward(self, v: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """`f(u)`, `upstream f'(u)` and the moments of every cell."""
+        index, t = self._locate(v)
         c0, c1, c2, c3 = (row.index_select(0, index) for row in self.table)
         # Horner's rule for the cubic and, one step behind, for its derivative
         inner = torch.addcmul(c2, c3, t)
         outer = torch.addcmul(c1, inner, t)
         slope = torch.addcmul(outer, torch.addcmul(inner, c3, t), t)
         value = torch.addcmul(c0, outer, t)
-        weight, wide = upstream.reshape(-1).double(), t.double()
+        weight, wide = upstream.double(), t.double()
         for m, total in enumerate(self.moments):
             if m:
                 weight = weight * wide
             total += torch.bincount(index, weight, minlength=len(total))
-        return value.view(u.shape), slope.mul_(self.scale).view(u.shape)
+        return value, slope.mul_(self.steps).mul_(upstream)
 
     def gradients(self) -> ParameterGradients:
         """The gradients gathered so far."""

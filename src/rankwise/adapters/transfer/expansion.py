@@ -4,12 +4,14 @@ f is a function of one variable on the range `[-R, R]` that the entries of U rea
 every basis function is a polynomial to the last digit. So all K of them are evaluated at J + 1
 Chebyshev nodes only, in fp64, and their sum becomes one polynomial p of degree J:
 
-- up to degree 14, p in powers of `u / R`, by Horner's rule;
+- up to degree 14, p in powers of `v = u / R`, by Horner's rule; its derivative and the moments
+  from the `T_j(v)`, because high powers of small entries are denormal numbers, which are slow;
 - beyond, where powers lose digits, cubic pieces of p on a table of equal cells.
 
 Both are linear in the node values, so the gradients of the parameters follow from the moments
-`sum H_ij v_ij^m` (per cell): carried back to weights of the nodes, they enter the exact formulas
-there as if the nodes were the entries of U. A cubic spline is a table of cells by itself.
+`sum H_ij T_m(v_ij)` (of powers, cell by cell, for a table): carried back to weights of the nodes,
+they enter the exact formulas there as if the nodes were the entries of U. A cubic spline is a table
+of cells by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from rankwise.adapters.transfer.bases import (
     Transfer,
     chebyshev_rows,
 )
-from rankwise.adapters.transfer.evaluators import Cells, Evaluator, Powers
+from rankwise.adapters.transfer.evaluators import Cells, Evaluator, Polynomial
 
 REMAINDER = 2.0**-24
 """Largest remainder of `R f'`, in units of its size: one rounding of fp32."""
@@ -58,15 +60,19 @@ def expand(f: Transfer, radius: float, dtype: torch.dtype) -> Evaluator | None:
     reach = BASES[f.basis].reach(f, radius)
     if not math.isfinite(reach):
         return None
-    # rounded up to one of eight steps an octave, so that the degree is looked up most times
-    reach = 2.0 ** (math.ceil(8 * math.log2(max(reach, 1e-12))) / 8)
+    reach = rounded_reach(reach)
     degree = expansion_degree(f.basis, reach, len(f.amplitude))
     if degree is None:
         return None
     if degree <= MAX_POWER:
-        return _powers(f, radius, degree, dtype)
+        return _polynomial(f, radius, degree, dtype)
     cells = cell_count(f.basis, reach, len(f.amplitude))
     return None if cells is None else _chebyshev_cells(f, radius, degree, cells, dtype)
+
+
+def rounded_reach(reach: float) -> float:
+    """Up to one of eight steps an octave, so that what follows from it is looked up most times."""
+    return 2.0 ** (math.ceil(8 * math.log2(max(reach, 1e-12))) / 8)
 
 
 @lru_cache(maxsize=1024)
@@ -124,7 +130,7 @@ def _interpolation(degree: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)
-def _powers_map(degree: int) -> tuple[Tensor, Tensor]:
+def power_map(degree: int) -> tuple[Tensor, Tensor]:
     """The nodes, and the matrix from values there to coefficients of powers."""
     nodes, matrix = _interpolation(degree)
     powers = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)  # T_j in powers, by rows
@@ -135,15 +141,28 @@ def _powers_map(degree: int) -> tuple[Tensor, Tensor]:
     return nodes, powers.T @ matrix
 
 
-def _powers(f: Transfer, radius: float, degree: int, dtype: torch.dtype) -> Evaluator:
+@lru_cache(maxsize=32)
+def _slope_map(degree: int) -> Tensor:
+    """From Chebyshev coefficients of p to those of p': `T_j' = 2 j (T_{j-1} + T_{j-3} + ...)`."""
+    slopes = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
+    for j in range(1, degree + 1):
+        slopes[(j - 1) % 2 : j : 2, j] = 2 * j
+    slopes[0] /= 2
+    return slopes
+
+
+def _polynomial(f: Transfer, radius: float, degree: int, dtype: torch.dtype) -> Evaluator:
     device = f.amplitude.device
-    nodes, matrix = (part.to(device) for part in _powers_map(degree))
-    nodes = nodes * radius
+    nodes, matrix = (part.to(device) for part in _interpolation(degree))
+    nodes, powers = nodes * radius, power_map(degree)[1].to(device)
+    values = BASES[f.basis].value(nodes, f)
+    chebyshev = matrix @ values
 
     def adjoint(moments: Tensor) -> ParameterGradients:
         return BASES[f.basis].gradients(nodes, moments @ matrix, f)
 
-    return Powers(matrix @ BASES[f.basis].value(nodes, f), 1 / radius, adjoint, dtype)
+    slopes = _slope_map(degree).to(device) @ chebyshev / radius
+    return Polynomial(powers @ values, (chebyshev, slopes), radius, adjoint, dtype)
 
 
 _THIRDS = torch.linspace(0, 1, 4, dtype=torch.float64)

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.adapters.transfer.bases import BasisName, ParameterGradients, Transfer
-from rankwise.adapters.transfer.evaluators import Direct, Evaluator
+from rankwise.adapters.transfer.compiled import CompiledPolynomial
+from rankwise.adapters.transfer.evaluators import Direct, Evaluator, Polynomial
 from rankwise.adapters.transfer.expansion import expand
 
-Evaluation = Literal["auto", "fast", "direct"]
-BLOCK = 2**14
-"""Entries of U at a time on a CPU: with their powers they fill half of a core's own cache."""
+Evaluation = Literal["auto", "fast", "direct", "compiled"]
 
 
 def evaluator(
@@ -34,15 +33,18 @@ def evaluator(
         radius: No entry is larger in size.
         dtype: fp32 or fp64, of entries and results.
         evaluation: `"auto"` expands f if its entries are fp32 and the expansion is short enough,
-            else takes the formulas; `"direct"` always takes the formulas; `"fast"` never does.
+            else takes the formulas; `"compiled"` is the same with polynomials compiled by
+            `torch.compile`; `"direct"` always takes the formulas; `"fast"` never does.
 
     Raises:
         ValueError: `evaluation="fast"` and the expansion would be too long.
     """
     wide = f.wide()
-    if evaluation == "direct" or (evaluation == "auto" and dtype == torch.float64):
+    if evaluation == "direct" or (evaluation != "fast" and dtype == torch.float64):
         return Direct(wide, dtype)
     found = expand(wide, radius, dtype)
+    if isinstance(found, Polynomial) and evaluation == "compiled":
+        return CompiledPolynomial(found)
     if found is not None:
         return found
     if evaluation == "fast":
@@ -59,9 +61,11 @@ def evaluate(
     """`f(u)` elementwise, without autograd, in fp32 or, for fp64 entries, in fp64."""
     u = _wide(u.detach())
     used = evaluator(f, _radius(u), u.dtype, evaluation)
-    flat = u.reshape(-1)
-    parts = [used.value(chunk) for chunk in flat.split(_block(u))]
-    return torch.cat(parts).view(u.shape) if parts else flat.view(u.shape)
+    result = torch.empty_like(u, memory_format=torch.contiguous_format)
+    size = _block(used, u)
+    for chunk, out in zip(u.reshape(-1).split(size), result.view(-1).split(size), strict=True):
+        out.copy_(used.value(chunk * used.scale))
+    return result
 
 
 def gradients(
@@ -74,14 +78,13 @@ def gradients(
     """`upstream * f'(u)`, and `sum upstream df(u)/dtheta` for every parameter, in fp64."""
     u, upstream = _wide(u.detach()), _wide(upstream.detach())
     used = evaluator(f, _radius(u), u.dtype, evaluation)
-    result = torch.empty_like(u).view(-1)
-    chunks = zip(
-        *(t.reshape(-1).split(_block(u)) for t in (u, upstream, result)),
-        strict=True,
-    )
+    result = torch.empty_like(u, memory_format=torch.contiguous_format)
+    size = _block(used, u)
+    chunks = zip(*(t.reshape(-1).split(size) for t in (u, upstream, result)), strict=True)
     for chunk, weight, out in chunks:
-        torch.mul(weight, used.backward(chunk, weight)[1], out=out)
-    return result.view(u.shape), used.gradients()
+        v = torch.mul(chunk, used.scale, out=used.room(len(chunk), chunk))
+        out.copy_(used.backward(v, weight)[1])
+    return result, used.gradients()
 
 
 def transfer_linear(
@@ -147,15 +150,21 @@ def _product_radius(a: Tensor, b: Tensor) -> float:
     return float(b.norm(dim=1).max() * a.norm(dim=0).max())
 
 
-def _block(tensor: Tensor) -> int:
-    # elsewhere starting an operation costs more than the cache saves
-    return BLOCK if tensor.device.type == "cpu" else 2**24
+GRAIN = 2**15
+"""Entries that torch gives a thread at least."""
 
 
-def _row_blocks(a: Tensor, b: Tensor) -> Iterator[slice]:
-    rows = max(1, _block(a) // a.shape[1])
+def _block(used: Evaluator, tensor: Tensor) -> int:
+    if tensor.device.type != "cpu":
+        return 2**24  # starting an operation costs more than the cache saves
+    threads = torch.get_num_threads()
+    return used.block if threads == 1 else threads * max(used.block, GRAIN)
+
+
+def _row_blocks(used: Evaluator, a: Tensor, b: Tensor) -> Iterator[slice]:
+    rows = max(1, _block(used, a) // a.shape[1])
     for start in range(0, b.shape[0], rows):
-        yield slice(start, start + rows)
+        yield slice(start, min(start + rows, b.shape[0]))
 
 
 def _function(
@@ -203,9 +212,9 @@ def forward_pass(
         a, b = _wide(a), _wide(b)
         f = _function(amplitude, bandwidth, grid, basis, span)
         used = evaluator(f, _product_radius(a, b), a.dtype, cast(Evaluation, evaluation))
-        matrix = x.new_empty(b.shape[0], a.shape[1])
-        for rows in _row_blocks(a, b):
-            values = used.value(b[rows] @ a)
+        matrix, scaled = x.new_empty(b.shape[0], a.shape[1]), b * used.scale
+        for rows in _row_blocks(used, a, b):
+            values = used.value((scaled[rows] @ a).view(-1)).view(-1, a.shape[1])
             _written(matrix[rows], values, scale, None if weight is None else weight[rows], columns)
         return F.linear(x, matrix, bias)
 
@@ -254,21 +263,22 @@ def backward_pass(
         upstream = flat.T @ x.reshape(-1, x.shape[-1]) if for_adapter else None
         matrix = x.new_empty(b.shape[0], a.shape[1]) if for_input else None
         grad_a, grad_b = torch.zeros_like(wide_a), torch.zeros_like(wide_b)
-        for rows in _row_blocks(a, b):
-            u = wide_b[rows] @ wide_a
+        scaled, a_t, d_in = wide_b * used.scale, wide_a.T.contiguous(), a.shape[1]
+        for rows in _row_blocks(used, a, b):
+            count = (rows.stop - rows.start) * d_in
+            v = torch.mm(scaled[rows], wide_a, out=used.room(count, wide_a).view(-1, d_in))
             if upstream is None:
-                values = used.value(u)
+                values = used.value(v.view(-1))
             else:
                 h = _wide(upstream[rows])
                 if columns is not None:
                     h = h * columns
-                values, slopes = used.backward(u, h)
-                slopes.mul_(h)
-                torch.mm(slopes, wide_a.T, out=grad_b[rows])
-                grad_a.addmm_(wide_b[rows].T, slopes)
+                values, slopes = used.backward(v.view(-1), h.view(-1))
+                torch.mm(slopes.view(-1, d_in), a_t, out=grad_b[rows])
+                grad_a.addmm_(wide_b[rows].T, slopes.view(-1, d_in))
             if matrix is not None:
                 base = None if weight is None else weight[rows]
-                _written(matrix[rows], values, scale, base, columns)
+                _written(matrix[rows], values.view(-1, d_in), scale, base, columns)
         del upstream
         grad_x = x.new_empty(0) if matrix is None else (flat @ matrix).view(x.shape)
         if not for_adapter:
@@ -344,7 +354,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*wanted, *[None] * 7)
 
 
-def _refuse_second(ctx: Any, *grads: Tensor) -> None:
+def refuse_second(ctx: Any, *grads: Tensor) -> None:
+    """Raise where somebody differentiates a gradient."""
     raise NotImplementedError(
         "LR-LoRA has no second derivative: its backward pass cannot be differentiated. Drop "
         "create_graph=True, or merge the adapter before asking for Hessians."
@@ -352,4 +363,4 @@ def _refuse_second(ctx: Any, *grads: Tensor) -> None:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup)
-_backward_op.register_autograd(_refuse_second)
+_backward_op.register_autograd(refuse_second)
