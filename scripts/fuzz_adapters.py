@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import rankwise as rw  # noqa: E402
 from adapter_fuzzer import fuzz, fuzz_files  # noqa: E402
-from saved_adapters import TwoLayers, make_lora, make_ralora  # noqa: E402
+from saved_adapters import TwoLayers, make_lora, make_lr_lora, make_ralora  # noqa: E402
 from tiny_models import tiny_llama, token_batch  # noqa: E402
 
 
@@ -35,6 +35,7 @@ def originals(place: Path) -> dict[str, Callable[[int, int], Counter[str]]]:
     rw.RaLoraPro(r=2).plan(profile).save(place / "plan.json")
     make_ralora(place / "ralora")
     make_lora(place / "lora")
+    make_lr_lora(place / "lrlora")
     scratch = place / "broken"
 
     def adapters(name: str) -> Callable[[int, int], Counter[str]]:
@@ -46,6 +47,7 @@ def originals(place: Path) -> dict[str, Callable[[int, int], Counter[str]]]:
     return {
         "block-diagonal adapters": adapters("ralora"),
         "LoRA adapters": adapters("lora"),
+        "LR-LoRA adapters": adapters("lrlora"),
         "plans": files("plan.json", rw.RankPlan.load),
         "profiles": files("profile", rw.GradientProfile.load),
     }

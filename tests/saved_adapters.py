@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contracts import train_by_chance_
-from rankwise import ModulePlan, RankPlan, attach, load_adapter
+from rankwise import LrLoraConfig, ModulePlan, RankPlan, attach, load_adapter
 from rankwise.errors import FileError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,6 +58,21 @@ def make_lora(folder: Path, **options: Any) -> Tensor:
         rank_pattern={"^second": 2},
         alpha_pattern={"^second": 3},
         init_lora_weights=False,
+        **options,
+    )
+    model = get_peft_model(TwoLayers(), config)
+    model.save_pretrained(folder)
+    return model.eval()(X).detach()
+
+
+def make_lr_lora(folder: Path, **options: Any) -> Tensor:
+    config = LrLoraConfig(
+        r=2,
+        points=7,
+        span=1.0,
+        target_modules=["first", "second"],
+        rank_pattern={"second": 3},
+        init_weights=False,
         **options,
     )
     model = get_peft_model(TwoLayers(), config)

@@ -24,6 +24,7 @@ from saved_adapters import (
     edit_config,
     edit_weights,
     make_lora,
+    make_lr_lora,
     make_ralora,
     refused,
 )
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class TestGoodAdapters:
-    @pytest.mark.parametrize("make", [make_ralora, make_lora])
+    @pytest.mark.parametrize("make", [make_ralora, make_lora, make_lr_lora])
     @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["norm"]}])
     def test_they_compute_what_they_did(
         self, make: Callable[..., Tensor], options: dict[str, Any], tmp_path: Path
@@ -245,7 +246,7 @@ class TestBrokenConfigs:
         assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize("make", [make_ralora, make_lora])
+@pytest.mark.parametrize("make", [make_ralora, make_lora, make_lr_lora])
 def test_broken_bytes_give_our_errors_only(make: Callable[..., Tensor], tmp_path: Path) -> None:
     make(tmp_path / "original")
     outcomes = fuzz(TwoLayers, tmp_path / "original", tmp_path / "scratch", runs=150, seed=0)

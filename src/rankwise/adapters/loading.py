@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.base_fingerprint import FINGERPRINT_KEY, remember_base_
 from rankwise.adapters.block_diagonal import RaLoraConfig
+from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.adapters.saved_config import (
     WHAT,
+    OurConfig,
+    Saved,
     SavedConfig,
     SavedLora,
-    SavedRaLora,
     peft_config,
     read_config,
 )
+from rankwise.adapters.transfer import BASES
 from rankwise.errors import FileError, nearest
 from rankwise.files import read_tensors
 from rankwise.provenance import model_fingerprint
@@ -62,7 +65,7 @@ def load_adapter(
     trainable: bool = False,
     allow_other_base: bool = False,
 ) -> PeftModel:
-    """Attach a saved block-diagonal or plain LoRA adapter that may come from a stranger.
+    """Attach a saved block-diagonal, LR-LoRA or plain LoRA adapter that may come from a stranger.
 
     Use this rather than `PeftModel.from_pretrained` for files that you did not write: names,
     shapes, dtypes and numbers are checked against the model before anything is allocated. Biases
@@ -90,7 +93,7 @@ def load_adapter(
     if not allow_other_base:
         _check_fingerprint(model, saved, weights, path)
     shapes = {n: s for n, m in model.named_modules() if (s := linear_shape(m)) is not None}
-    kind = "ralora" if isinstance(saved, SavedRaLora) else "lora"
+    kind = saved.peft_type.lower()
     names = _adapted_modules(weights, shapes, kind)
     _check_targets(saved, names, path)
     config = peft_config(saved, names, path, trainable)
@@ -163,7 +166,7 @@ def _read_header(path: Path) -> _Weights:
     return _Weights(path, shapes, fingerprint)
 
 
-def _check_base(model: nn.Module, saved: SavedRaLora | SavedLora, path: Path) -> None:
+def _check_base(model: nn.Module, saved: Saved, path: Path) -> None:
     """Classes and modules that the configuration asks to import may only be the model's own."""
     mapping = saved.auto_mapping or {}
     here = {
@@ -180,7 +183,7 @@ def _check_base(model: nn.Module, saved: SavedRaLora | SavedLora, path: Path) ->
 
 
 def _check_fingerprint(
-    model: nn.Module, saved: SavedRaLora | SavedLora, weights: _Weights, path: Path
+    model: nn.Module, saved: Saved, weights: _Weights, path: Path
 ) -> None:
     """Block-diagonal adapters have it in the configuration, plain LoRA beside the tensors."""
     trained_on = getattr(saved, "base_fingerprint", None) or weights.base_fingerprint
@@ -223,7 +226,7 @@ def _check_targets(saved: SavedConfig, names: list[str], path: Path) -> None:
     """What the configuration calls by name must have tensors; regular expressions are not run."""
     called = {
         "target_modules": saved.target_modules if isinstance(saved.target_modules, list) else (),
-        "rank_pattern": saved.rank_pattern if isinstance(saved, SavedRaLora) else (),
+        "rank_pattern": () if isinstance(saved, SavedLora) else saved.rank_pattern,
     }
     for option, keys in called.items():
         for key in keys:
@@ -234,23 +237,46 @@ def _check_targets(saved: SavedConfig, names: list[str], path: Path) -> None:
 
 
 def _expected_shapes(
-    config: RaLoraConfig | LoraConfig, shapes: Mapping[str, LinearShape]
+    config: OurConfig, shapes: Mapping[str, LinearShape]
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the factors, by the configuration and the model."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         d_in, d_out = shape.d_in, shape.d_out
         if isinstance(config, RaLoraConfig):
-            n, r = config.blocks_of(name, d_in, d_out), config.rank_of(name)
-            if r > shape.max_rank:
-                raise FileError(f"rank {r} of {name} exceeds its largest, {shape.max_rank}.")
+            n, r = config.blocks_of(name, d_in, d_out), _rank_of(config, name, shape)
             expected[f"{PREFIX}{name}.ralora_A.weight"] = (n, r, d_in // n)
             expected[f"{PREFIX}{name}.ralora_B.weight"] = (n, d_out // n, r)
+        elif isinstance(config, LrLoraConfig):
+            r = _rank_of(config, name, shape)
+            expected[f"{PREFIX}{name}.lrlora_A.weight"] = (r, d_in)
+            expected[f"{PREFIX}{name}.lrlora_B.weight"] = (d_out, r)
+            for vector, length in _vectors(config).items():
+                expected[f"{PREFIX}{name}.lrlora_{vector}.weight"] = (length,)
         else:
             r = config.rank_pattern["^" + re.escape(name)]  # type: ignore[index]
             expected[f"{PREFIX}{name}.lora_A.weight"] = (r, d_in)
             expected[f"{PREFIX}{name}.lora_B.weight"] = (d_out, r)
     return expected
+
+
+def _rank_of(config: RaLoraConfig | LrLoraConfig, name: str, shape: LinearShape) -> int:
+    r = config.rank_of(name)
+    if r > shape.max_rank:
+        raise FileError(f"rank {r} of {name} exceeds its largest, {shape.max_rank}.")
+    return r
+
+
+def _vectors(config: LrLoraConfig) -> dict[str, int]:
+    """The lengths of what is saved of f."""
+    basis, found = BASES[config.basis], {}
+    if config.basis != "sine":
+        found["amplitude"] = basis.amplitudes(config.points)
+    if basis.local and config.bandwidth == "learned":
+        found["bandwidth"] = config.points
+    if basis.local and config.grid == "learned":
+        found["grid"] = config.points
+    return found
 
 
 def _whole_modules(model: nn.Module, saved: SavedConfig, path: Path) -> dict[str, tuple[int, ...]]:

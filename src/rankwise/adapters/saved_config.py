@@ -16,6 +16,7 @@ from peft import LoraConfig
 from pydantic import ConfigDict
 
 from rankwise.adapters.block_diagonal import RaLoraConfig
+from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.errors import FileError, nearest
 from rankwise.files import parse_json, read_text
 
@@ -63,6 +64,28 @@ class SavedRaLora(SavedConfig):
 
 
 @dataclass
+class SavedLrLora(SavedConfig):
+    """The fields of `LrLoraConfig`."""
+
+    peft_type: Literal["LRLORA"] = "LRLORA"
+    alpha: float = 16.0
+    dropout: float = 0.0
+    basis: str = "sinc"
+    points: int = 50
+    span: float = 3.0
+    grid: str = "uniform"
+    grid_seed: int = 0
+    bandwidth: str = "learned"
+    bandwidth_init: float = 1.0
+    init: str = "live"
+    amplitude_std: float = 0.1
+    omega: float = 100.0
+    share: str = "none"
+    init_weights: bool = True
+    base_fingerprint: str | None = None
+
+
+@dataclass
 class SavedLora(SavedConfig):
     """The fields of `peft.LoraConfig` that plain LoRA uses; others must be as PEFT writes them."""
 
@@ -75,7 +98,11 @@ class SavedLora(SavedConfig):
     init_lora_weights: bool | str = True
 
 
-def read_config(path: Path) -> SavedRaLora | SavedLora:
+Saved = SavedRaLora | SavedLrLora | SavedLora
+OurConfig = RaLoraConfig | LrLoraConfig | LoraConfig
+
+
+def read_config(path: Path) -> Saved:
     """The validated content of `adapter_config.json`.
 
     Raises:
@@ -89,6 +116,8 @@ def read_config(path: Path) -> SavedRaLora | SavedLora:
     kind = document.get("peft_type")
     if kind == "RALORA":
         return parse_json(text, SavedRaLora, path=path, what=WHAT)
+    if kind == "LRLORA":
+        return parse_json(text, SavedLrLora, path=path, what=WHAT)
     if kind == "LORA":
         known = {f.name for f in fields(SavedLora)}
         unset = _defaults_of_lora()
@@ -100,7 +129,7 @@ def read_config(path: Path) -> SavedRaLora | SavedLora:
                     "Load an adapter that you trust with peft.PeftModel.from_pretrained."
                 )
         return parse_json(json.dumps(kept), SavedLora, path=path, what=WHAT)
-    raise FileError(f"{WHAT} {path}: peft_type={kind!r} must be 'RALORA' or 'LORA'.")
+    raise FileError(f"{WHAT} {path}: peft_type={kind!r} must be 'RALORA', 'LRLORA' or 'LORA'.")
 
 
 def _defaults_of_lora() -> dict[str, Any]:
@@ -110,11 +139,11 @@ def _defaults_of_lora() -> dict[str, Any]:
 
 
 def peft_config(
-    saved: SavedRaLora | SavedLora,
+    saved: Saved,
     names: list[str],
     path: Path,
     trainable: bool,
-) -> RaLoraConfig | LoraConfig:
+) -> OurConfig:
     """PEFT's configuration, every module by its literal name; the base is the one at hand."""
     common: dict[str, Any] = {
         "task_type": saved.task_type,
@@ -125,12 +154,10 @@ def peft_config(
         "r": saved.r,
     }
     try:
-        if isinstance(saved, SavedRaLora):
-            return RaLoraConfig(
-                **common,
-                rank_pattern=saved.rank_pattern,
-                **{f.name: getattr(saved, f.name) for f in _own_fields(SavedRaLora)},
-            )
+        if not isinstance(saved, SavedLora):
+            own = {f.name: getattr(saved, f.name) for f in _own_fields(type(saved))}
+            kind: type[OurConfig] = RaLoraConfig if isinstance(saved, SavedRaLora) else LrLoraConfig
+            return kind(**common, rank_pattern=saved.rank_pattern, **own)
         return _lora_config(saved, common, names, path)
     except (ValueError, TypeError) as error:
         if isinstance(error, FileError):
