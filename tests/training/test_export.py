@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from contracts import train_by_chance_
 from rankwise import ModulePlan, RankPlan, attach, find_targets, save_native
 from rankwise.cli import main
+from rankwise.methods import Lora
 from tiny_folder import save_tiny_llama
 
 TOKENS = torch.arange(5, 21).reshape(2, 8)
@@ -64,10 +66,10 @@ def test_every_mode(
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def main_returns(*arguments: object) -> None:
+def main_returns(*arguments: object, code: int = 0) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
-    assert stop.value.code in (None, 0)
+    assert (stop.value.code or 0) == code
 
 
 @pytest.mark.parametrize(
@@ -101,3 +103,56 @@ def test_another_base(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert stop.value.code == 1
     assert "allow_other_base=True (--allow-other-base)" in capsys.readouterr().err
     main_returns(*given, "--allow-other-base")
+
+
+@pytest.fixture(scope="module")
+def adapter(place: Path) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    model = attach(base, Lora(r=2).plan(find_targets(base)), adapter="lr-lora")
+    train_by_chance_(model)
+    save_native(model, place / "lr-lora")
+    return place / "lr-lora"
+
+
+class TestLrLora:
+    """Plain LoRA of an LR-LoRA adapter is an approximation, and says so."""
+
+    def test_within_a_tolerance(
+        self, adapter: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        main_returns(
+            "export", adapter, place / "base", "--out", out, "--tolerance", "0.05", "--mode",
+            "compact",
+        )  # fmt: skip
+        assert "an approximation by truncated SVD: updates are off by up to" in (
+            capsys.readouterr().out
+        )
+        assert json.loads((out / "truncation.json").read_text())["error"] <= 0.05
+        base = AutoModelForCausalLM.from_pretrained(place / "base")
+        PeftModel.from_pretrained(base, out)
+
+    def test_a_rank_too_low_is_refused(
+        self, adapter: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out"
+        main_returns("export", adapter, place / "base", "--out", out, "--rank", "1", code=1)
+        assert "rank 1 leaves" in capsys.readouterr().err
+        assert not out.exists()
+
+    def test_merged_is_exact(self, adapter: Path, place: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        main_returns("export", adapter, place / "base", "--out", out, "--mode", "merged")
+        base = AutoModelForCausalLM.from_pretrained(place / "base")
+        live = logits(PeftModel.from_pretrained(base, adapter))
+        torch.testing.assert_close(
+            logits(AutoModelForCausalLM.from_pretrained(out)), live, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_rank_and_tolerance_are_for_lr_lora(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main_returns("export", place / "adapter", place / "base", "--out", out, "--rank", "4", code=1)
+    assert "rank and tolerance are for LR-LoRA" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from rankwise.adapters.loading import load_adapter
 from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.adapters.param_groups import lr_lora_param_groups
 from rankwise.adapters.registration import register
+from rankwise.adapters.truncated import Truncated, export_truncated
 
 register("ralora", RaLoraConfig, RaLoraModel)
 register("lrlora", LrLoraConfig, LrLoraModel)
@@ -21,11 +22,13 @@ __all__ = [
     "RaLoraConfig",
     "RaLoraLinear",
     "RaLoraModel",
+    "Truncated",
     "adapter_config",
     "attach",
     "compile_lr_lora_",
     "export_lora",
     "export_merged",
+    "export_truncated",
     "fuse_lora_",
     "load_adapter",
     "lr_lora_param_groups",

@@ -54,6 +54,14 @@ def export(
     allow_other_base: Annotated[
         bool, typer.Option(help="Accept a base that the adapter was not trained on.")
     ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="LR-LoRA as plain LoRA: its rank; default: by --tolerance.", min=1),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="LR-LoRA as plain LoRA: largest relative error; default 0.01."),
+    ] = None,
 ) -> None:
     """Write an adapter as plain LoRA, or merged, for programs that know nothing of rankwise.
 
@@ -69,6 +77,8 @@ def export(
         native=native,
         dtype=dtype,
         allow_other_base=allow_other_base,
+        rank=rank,
+        tolerance=tolerance,
     )
     stdout.print(str(exported))
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.adapters import Exported, export_lora, export_merged, load_adapter
+from rankwise.adapters import (
+    Exported,
+    LrLoraConfig,
+    Truncated,
+    export_lora,
+    export_merged,
+    export_truncated,
+    load_adapter,
+)
 from rankwise.adapters.export import CONFIG_FILE, MODES
+from rankwise.adapters.truncated import TOLERANCE
 from rankwise.errors import ConfigError
 from rankwise.files import check_replaceable
 from rankwise.training.train import load_model
@@ -23,17 +32,21 @@ def export_folder(
     native: bool = False,
     dtype: str = "float32",
     allow_other_base: bool = False,
-) -> Exported:
+    rank: int | None = None,
+    tolerance: float | None = None,
+) -> Exported | Truncated:
     """Load an adapter strictly, and write it in another form.
 
     Args:
-        adapter: Folder of a saved block-diagonal or plain LoRA adapter.
+        adapter: Folder of a saved adapter.
         base: Folder or hub id of its base model; that in the adapter's files is not followed.
         out: Folder to write.
         mode: `"padded"`, `"compact"`, `"vllm"` or `"merged"`.
         native: Also write the trainable original to `native/`.
         dtype: In which the base is loaded.
         allow_other_base: Accept a base that the adapter was not trained on.
+        rank: Of the truncated SVD that makes an LR-LoRA adapter plain LoRA; see `export_truncated`.
+        tolerance: Its largest relative error.
 
     Raises:
         RankwiseError: Bad input, or outputs that differ; nothing is written.
@@ -47,7 +60,15 @@ def export_folder(
     check_replaceable(out, marker="config.json" if mode == "merged" else CONFIG_FILE)
     network, tokenizer = load_model(base, dtype)
     model = load_adapter(network, adapter, allow_other_base=allow_other_base)
+    chosen: Any = mode
+    approximated = mode != "merged" and isinstance(model.active_peft_config, LrLoraConfig)
+    if not approximated and (rank is not None or tolerance is not None):
+        raise ConfigError("rank and tolerance are for LR-LoRA as plain LoRA; leave them out.")
     if mode == "merged":
         return export_merged(model, out, tokenizer=tokenizer)
-    chosen: Any = mode
+    if approximated:
+        if native:
+            raise ConfigError("an approximation has no native form; copy the adapter itself.")
+        limit = TOLERANCE if tolerance is None else tolerance
+        return export_truncated(model, out, rank=rank, tolerance=limit, mode=chosen)
     return export_lora(model, out, mode=chosen, native=native)
