@@ -182,9 +182,7 @@ def _check_base(model: nn.Module, saved: Saved, path: Path) -> None:
             )
 
 
-def _check_fingerprint(
-    model: nn.Module, saved: Saved, weights: _Weights, path: Path
-) -> None:
+def _check_fingerprint(model: nn.Module, saved: Saved, weights: _Weights, path: Path) -> None:
     """Block-diagonal adapters have it in the configuration, plain LoRA beside the tensors."""
     trained_on = getattr(saved, "base_fingerprint", None) or weights.base_fingerprint
     if trained_on is None:

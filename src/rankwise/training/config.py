@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -106,6 +106,19 @@ class TrackConfig(_Section):
     )
 
 
+class AnalysisConfig(_Section):
+    """What is recorded of the adapters while they train, in `analysis.json`."""
+
+    steps: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description="optimizer steps; 0 is before training; default: four with LR-LoRA, else none",
+    )
+    modules: list[str] | None = Field(
+        default=None,
+        description="whose functions and spectra are kept; default: the first, middle and last",
+    )
+
+
 class RunConfig(_Section):
     """Everything one run needs."""
 
@@ -131,6 +144,7 @@ class RunConfig(_Section):
         description="follow the gradients' dimensions while training: `gid`, or a mapping of "
         "`every` and `modules`",
     )
+    analysis: AnalysisConfig = AnalysisConfig()
 
     @field_validator("track", mode="before")
     @classmethod

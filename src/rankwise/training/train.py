@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,10 +20,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
 
 from rankwise.adapters import attach
 from rankwise.adapters.base_fingerprint import write_base_fingerprint
@@ -44,12 +40,12 @@ from rankwise.provenance import (
     model_fingerprint,
     versions,
 )
-from rankwise.records import HeldOutLoss, RunRecord, TrainLoss
-from rankwise.run_files import TRACKING_FILE, Tracking, save_run_file
+from rankwise.records import RunRecord
+from rankwise.run_files import ANALYSIS_FILE, TRACKING_FILE, Tracking, save_run_file
 from rankwise.targets import find_targets
-from rankwise.training.config import FULL, RunConfig, TrainingConfig
+from rankwise.training.config import FULL, RunConfig
 from rankwise.training.data import TokenData, load_token_data
-from rankwise.training.evaluate import HeldOutCallback, held_out_loss
+from rankwise.training.fit import fit
 from rankwise.training.tracking import GradientTracker, tracked_modules
 
 logger = logging.getLogger(__name__)
@@ -60,17 +56,10 @@ MODEL_FOLDER = "model"
 CONFIG_FILE = "run.yaml"
 Notify = Callable[[str], None]
 
-# transformers 5 renamed the option on the way and warns at the old name
-_CHECKPOINTING = (
-    "activation_checkpointing"
-    if "activation_checkpointing" in SFTConfig.__dataclass_fields__
-    else "gradient_checkpointing"
-)
-
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run leaves: record, plan, profile if one was made, trained model, rank events.
+    """What a run leaves: record, plan, profile if one was made, trained model, events, analysis.
 
     The plan of a dynamic run is that of its final ranks; full fine-tuning has none. `tracking` is
     there where gradients were followed.
@@ -82,6 +71,7 @@ class TrainingRun:
     model: PeftModel | PreTrainedModel
     events: list[RankEvent] | None = None
     tracking: Tracking | None = None
+    analysis: dict[str, Any] | None = None
 
 
 def load_model(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -140,7 +130,7 @@ def train(
     method = FULL if plan is None else plan.method
     say(f"training {trainable:,} parameters with {method}")
     dynamic = None if plan is None else _dynamic(config, plan)
-    curves = _fit(config, adapted, tokenizer, data, seconds, say, dynamic, tracker)
+    curves = fit(config, adapted, tokenizer, data, seconds, say, dynamic, tracker)
     if dynamic is not None:
         plan = dynamic.ranks.plan
         trainable = plan.parameters
@@ -167,7 +157,7 @@ def train(
     )
     events = dynamic.ranks.events if dynamic is not None else None
     tracking = None if tracker is None else tracker.tracking
-    run = TrainingRun(record, plan, profile, adapted, events, tracking)
+    run = TrainingRun(record, plan, profile, adapted, events, tracking, curves.analysis)
     _save(run, tokenizer, output)
     return run
 
@@ -187,6 +177,9 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) ->
         if run.events is not None:
             events = json.dumps([asdict(event) for event in run.events], indent=2, allow_nan=False)
             write_text(folder / EVENTS_FILE, events + "\n")
+        if run.analysis is not None:
+            analysis = json.dumps(run.analysis, allow_nan=False)
+            write_text(folder / ANALYSIS_FILE, analysis + "\n")
         if run.profile is not None:
             run.profile.save(folder / PROFILE_FOLDER)
         write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
@@ -239,97 +232,10 @@ def make_plan(
     return method.plan(profile), profile
 
 
-@dataclass(frozen=True)
-class _Curves:
-    train_loss: list[TrainLoss]
-    held_out: list[HeldOutLoss]
-    tokens: int
-
-
-def _fit(
-    config: RunConfig,
-    model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TokenData,
-    seconds: dict[str, float],
-    say: Notify,
-    *callbacks: RankCallback | GradientTracker | None,
-) -> _Curves:
-    settings = config.training
-    steps = settings.steps or _steps(settings, len(data.train))
-    loader = data.held_out_loader(settings.evaluation_batch_size)
-    callback = HeldOutCallback(
-        lambda step: held_out_loss(model, loader, step=step),
-        every=settings.evaluate_every or max(1, steps // 5),
-        say=say,
-    )
-    started = time.perf_counter()
-    # Trainer wants a folder of its own and makes it at once; ours appears only when all is well
-    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
-        trainer = SFTTrainer(
-            model=model,
-            args=_arguments(config, steps, Path(scratch)),
-            train_dataset=data.train,
-            data_collator=data.collator,
-            processing_class=tokenizer,
-            callbacks=[callback, *filter(None, callbacks)],
-        )
-        trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
-        trainer.train()
-    seconds["evaluate"] = callback.seconds
-    seconds["train"] = time.perf_counter() - started - callback.seconds
-    for each in callbacks:
-        if isinstance(each, GradientTracker):
-            seconds["track"] = each.seconds
-            seconds["train"] -= each.seconds
-    losses = [
-        TrainLoss(step=int(entry["step"]), loss=float(entry["loss"]))
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
-    return _Curves(losses, callback.curve, int(trainer.state.num_input_tokens_seen))
-
-
 def _dynamic(config: RunConfig, plan: RankPlan) -> RankCallback | None:
     """What moves ranks while training, if that was asked for."""
     options = config.make_dynamic()
     return None if options is None else RankCallback(plan, config.make_method(), options)
-
-
-def _steps(settings: TrainingConfig, rows: int) -> int:
-    per_step = settings.batch_size * settings.gradient_accumulation
-    return max(1, round(settings.epochs * -(-rows // per_step)))
-
-
-def _arguments(config: RunConfig, steps: int, scratch: Path) -> SFTConfig:
-    settings = config.training
-    scheduler = {"cosine": "cosine_with_min_lr"}.get(settings.scheduler, settings.scheduler)
-    checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
-    return SFTConfig(
-        **checkpointing,
-        output_dir=str(scratch),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=scheduler,
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if settings.scheduler == "cosine" else {},
-        warmup_steps=round(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=False,
-        fp16=False,
-        logging_steps=settings.log_every,
-        logging_first_step=True,
-        include_num_input_tokens_seen="non_padding",
-        report_to=list(settings.report_to) or "none",
-        save_strategy="no",
-        seed=config.seed,
-        data_seed=config.seed,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=not sys.stderr.isatty(),
-    )
 
 
 def _describe_data(data: TokenData) -> dict[str, Any]:
