@@ -31,7 +31,7 @@ def measure(*, quick: bool) -> list[Row]:
             config = rw.RaLoraConfig(r=RANK, blocks=n, target_modules=["0"])
             layers[f"n{n}"] = get_peft_model(_base(d), config)
         x, upstream = torch.randn(TOKENS, d), torch.randn(TOKENS, d)
-        steps = {name: _layer_step(layer, x, upstream) for name, layer in layers.items()}
+        steps = {name: layer_step(layer, x, upstream) for name, layer in layers.items()}
         seconds = interleaved(5 if quick else 15, **steps)
         name = f"layer {d} x {d}, r = {RANK}, {TOKENS} tokens"
         rows.append(Row(f"{name}, fused LoRA", seconds["lora"] / seconds["peft"], "of PEFT's LoRA"))
@@ -119,7 +119,8 @@ def _lora(d: int) -> nn.Module:
     return get_peft_model(_base(d), LoraConfig(r=RANK, target_modules=["0"]))
 
 
-def _layer_step(layer: nn.Module, x: Tensor, upstream: Tensor) -> Step:
+def layer_step(layer: nn.Module, x: Tensor, upstream: Tensor) -> Step:
+    """Forward and backward of one layer with its adapter."""
     x = x.clone().requires_grad_()
 
     def step() -> None:

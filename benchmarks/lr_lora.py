@@ -1,4 +1,4 @@
-"""LR-LoRA: its function against the loop over K and one product, and a step of SmolLM2."""
+"""LR-LoRA: its function against the loop over K and one product, layers, and a step of SmolLM2."""
 
 from __future__ import annotations
 
@@ -10,19 +10,30 @@ import sys
 from collections.abc import Callable
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import rankwise as rw
+from benchmarks.adapters import layer_step
 from benchmarks.text import LENGTH, frozen_model, text_batches
 from benchmarks.timing import Row, at_most, interleaved
-from rankwise.adapters.transfer import Transfer, evaluate, gradients, grid_points
+from rankwise.adapters import LrLoraLinear
+from rankwise.adapters.transfer import (
+    Evaluation,
+    Transfer,
+    evaluate,
+    factorisation,
+    factorised_linear,
+    gradients,
+    grid_points,
+)
 
-TOKENS = 1024
+TOKENS, RANK = 1024, 8
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Function, cost in K, and whole training step."""
-    return [*_function(quick), *_in_k(quick), *_step(quick)]
+    """Function, cost in K, factorised layers, and whole training steps."""
+    return [*_function(quick), *_in_k(quick), *_factorised(quick), *_step(quick)]
 
 
 def _sinc(points: int) -> Transfer:
@@ -47,10 +58,10 @@ def _loop(u: Tensor, h: Tensor, f: Transfer) -> None:
     slope.mul_(h)
 
 
-def _ours(u: Tensor, h: Tensor, f: Transfer) -> Callable[[], None]:
+def _ours(u: Tensor, h: Tensor, f: Transfer, evaluation: Evaluation = "auto") -> Callable[[], None]:
     def run() -> None:
-        evaluate(u, f)
-        gradients(u, h, f)
+        evaluate(u, f, evaluation=evaluation)
+        gradients(u, h, f, evaluation=evaluation)
 
     return run
 
@@ -64,26 +75,26 @@ def _entries(d_out: int, d_in: int, radius: float) -> tuple[Tensor, Tensor]:
 def _function(quick: bool) -> list[Row]:
     """f once and its gradients once, K = 50, in units of the loop and of one product."""
     rows, f = [], _sinc(50)
-    cases = [((1536, 576), 0.7, 1 / 40, None), ((1536, 576), 4.0, 1 / 15, None)]
+    cases = [((1536, 576), 0.7, 1 / 40), ((1536, 576), 4.0, 1 / 15)]
     if not quick:
-        cases.append(((2048, 2048), 0.7, 1 / 100, 0.4))
-    for (d_out, d_in), radius, of_loop, of_product in cases:
+        cases += [((2048, 2048), 0.7, 1 / 100), ((2048, 2048), 0.05, 1 / 100)]
+    for (d_out, d_in), radius, of_loop in cases:
         u, h = _entries(d_out, d_in, radius)
         x, weight = torch.randn(TOKENS, d_in), torch.randn(d_out, d_in)
-        seconds = interleaved(
-            3 if quick else 5,
-            ours=_ours(u, h, f),
-            loop=lambda u=u, h=h: _loop(u, h, f),
-            product=lambda x=x, weight=weight: x @ weight.T,
-        )
-        name = f"LR-LoRA f and gradients, {d_out} x {d_in}, |U| <= {radius:g}, time"
-        rows.append(at_most(name, seconds["ours"] / seconds["loop"], of_loop, "of the loop over K"))
-        product = seconds["ours"] / seconds["product"]
-        unit = f"of x W' at {TOKENS} tokens"
-        if of_product is None:
-            rows.append(Row(name, product, unit))
+        candidates = {"ours": _ours(u, h, f), "product": lambda x=x, weight=weight: x @ weight.T}
+        if d_in == 2048:
+            candidates["compiled"] = _ours(u, h, f, "compiled")
+        seconds = interleaved(3 if quick else 9, **candidates)
+        loop = interleaved(1 if quick else 2, loop=lambda u=u, h=h: _loop(u, h, f))["loop"]
+        name = f"LR-LoRA f and gradients, {d_out} x {d_in}, |U| <= {radius:g}"
+        rows.append(at_most(f"{name}, time", seconds["ours"] / loop, of_loop, "of the loop over K"))
+        product, unit = seconds["ours"] / seconds["product"], f"of x W' at {TOKENS} tokens"
+        if "compiled" in seconds:
+            rows.append(at_most(f"{name}, eager", product, 0.4, unit))
+            compiled = seconds["compiled"] / seconds["product"]
+            rows.append(at_most(f"{name}, compiled", compiled, 0.15, unit))
         else:
-            rows.append(at_most(name, product, of_product, unit))
+            rows.append(Row(f"{name}, eager", product, unit))
     return rows
 
 
@@ -94,6 +105,52 @@ def _in_k(quick: bool) -> list[Row]:
     )
     name = "LR-LoRA f and gradients, K = 512, time"
     return [at_most(name, seconds["many"] / seconds["few"], 1.3, "of K = 8")]
+
+
+def _factorised(quick: bool) -> list[Row]:
+    """A layer forward and backward through factors of rank 45, against the fused LoRA."""
+    rows = []
+    for d in (2048,) if quick else (2048, 4096):
+        bases = [nn.Sequential(nn.Linear(d, d, bias=False)) for _ in range(2)]
+        lora = get_peft_model(bases[0], LoraConfig(r=RANK, target_modules=["0"]))
+        rw.fuse_lora_(lora)
+        ours = get_peft_model(bases[1], rw.LrLoraConfig(r=RANK, target_modules=["0"]))
+        layer = next(m for m in ours.modules() if isinstance(m, LrLoraLinear))
+        radius = 0.008 / math.pi
+        _in_range_(layer, radius)
+        x, upstream = torch.randn(TOKENS, d), torch.randn(TOKENS, d)
+        seconds = interleaved(
+            5 if quick else 9,
+            lora=layer_step(lora, x, upstream),
+            ours=layer_step(ours.train(), x, upstream),
+        )
+        assert layer.lrlora_passes["default"][0] == 0
+        name = f"LR-LoRA layer {d} x {d}, |U| <= {radius:.2g}, factorised"
+        ratio = seconds["ours"] / seconds["lora"]
+        rows.append(at_most(f"{name}, time", ratio, 1.06, "of the fused LoRA"))
+        error = _factorised_error(layer)
+        rows.append(at_most(f"{name}, error of f", error, 1e-6, "of sum |a|"))
+    return rows
+
+
+@torch.no_grad()
+def _in_range_(layer: LrLoraLinear, radius: float) -> None:
+    """A trained-looking f, and factors with `max ||b_i|| max ||a_j||` the radius."""
+    layer.lrlora_amplitude["default"].weight.normal_(std=0.3)
+    a, b = layer.factors("default")
+    b.mul_(radius / (b.norm(dim=1).max() * a.norm(dim=0).max()))
+
+
+@torch.no_grad()
+def _factorised_error(layer: LrLoraLinear) -> float:
+    """Largest error of p(B A) on 64 rows, against f in fp64."""
+    a, b = layer.factors("default")
+    f, rows = layer.transfer("default"), b[:64]
+    way = factorisation(f, a, b, TOKENS)
+    assert way is not None
+    p = factorised_linear(torch.eye(layer.in_features), a, rows, f, way, scale=1.0).T
+    exact = evaluate(rows.double() @ a.double(), f)
+    return float((p - exact).abs().max() / f.amplitude.abs().sum())
 
 
 def _lora(base: nn.Module, adapter: str) -> nn.Module:
@@ -114,9 +171,14 @@ def _step(quick: bool) -> list[Row]:
     base = frozen_model()
     (batch,) = text_batches(1, TOKENS // LENGTH)
 
-    def step_of(adapter: str) -> Callable[[], None]:
+    def step_of(adapter: str, radius: float = 0.0, compiled: bool = False) -> Callable[[], None]:
         model = _lora(copy.deepcopy(base), adapter)
         _trained_by_chance_(model)
+        for layer in model.modules():
+            if radius and isinstance(layer, LrLoraLinear):
+                _in_range_(layer, radius)
+        if compiled:
+            rw.compile_lr_lora_(model)
 
         def step() -> None:
             model(**batch, use_cache=False).loss.backward()
@@ -124,14 +186,22 @@ def _step(quick: bool) -> list[Row]:
 
         return step
 
-    seconds = interleaved(2 if quick else 7, lora=step_of("lora"), ours=step_of("lr-lora"))
+    candidates = {
+        "lora": step_of("lora"),
+        "small": step_of("lr-lora"),
+        "dense": step_of("lr-lora", 0.05),
+        "compiled": step_of("lr-lora", 0.05, compiled=True),
+    }
+    seconds = interleaved(2 if quick else 5, **candidates)
     memory = {adapter: _peak_memory(adapter) for adapter in ("lora", "lr-lora")}
-    unit = "of PEFT's LoRA step"
-    name = f"SmolLM2 LR-LoRA step, {TOKENS} tokens"
-    return [
-        at_most(f"{name}, time", seconds["ours"] / seconds["lora"], 1.25, unit),
-        at_most(f"{name}, peak memory", memory["lr-lora"] / memory["lora"], 1.0, unit),
+    unit, name = "of PEFT's LoRA step", f"SmolLM2 LR-LoRA step, {TOKENS} tokens"
+    labels = {"small": "", "dense": ", |U| <= 0.05", "compiled": ", |U| <= 0.05, compiled"}
+    rows = [
+        at_most(f"{name}{label}, time", seconds[key] / seconds["lora"], 1.25, unit)
+        for key, label in labels.items()
     ]
+    peak = memory["lr-lora"] / memory["lora"]
+    return [*rows, at_most(f"{name}, peak memory", peak, 1.0, unit)]
 
 
 def _peak_memory(adapter: str) -> float:
