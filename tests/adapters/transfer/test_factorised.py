@@ -28,6 +28,7 @@ from rankwise.adapters.transfer import (
 )
 from rankwise.adapters.transfer.factorised import (
     MAX_FACTORISED,
+    MIN_FACTORISED,
     SLOPE,
     TRUNCATION,
     factorised_degree,
@@ -88,7 +89,8 @@ def test_it_is_the_dense_way_in_fp64_to_its_bound(name: BasisName, radius: float
 
     def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [
-            t.to(dtype).requires_grad_(name != "sine" or i < 3) for i, t in enumerate(tensors)
+            t.detach().clone().to(dtype).requires_grad_(name != "sine" or i < 3)
+            for i, t in enumerate(tensors)
         ]
         x, a, b, *rest = leaves
         options: dict[str, Any] = {"weight": weight.to(dtype), "columns": columns.to(dtype)}
@@ -140,7 +142,7 @@ class TestChoice:
             way = factorisation(f, a, b, tokens)
             return None if way is None else way.degree
 
-        assert [degree(x) for x in (0.0, 5e-5, 0.02, 0.1, 0.3)] == [1, 1, 2, 3, None]
+        assert [degree(x) for x in (0.0, 5e-5, 0.02, 0.1, 0.3)] == [2, 2, 2, 3, None]
         # 495 monomials are never fewer products than a dense gradient of this size
         assert degree(0.1, d=256) is None
         assert degree(0.1, d=512, tokens=64) == 3
@@ -158,8 +160,8 @@ class TestChoice:
 
     def test_the_degree_keeps_its_bound(self) -> None:
         for name in SMOOTH:
-            for degree in range(1, MAX_FACTORISED + 1):
-                reaches = [2.0 ** (i / 4) for i in range(-60, 8)]
+            for degree in range(MIN_FACTORISED, MAX_FACTORISED + 1):
+                reaches = [2.0 ** (i / 4) for i in range(-120, 8)]
                 chosen = [x for x in reaches if factorised_degree(name, x, 8) == degree]
                 largest = max(chosen)
                 log_bound = BASES[name].log_bound
@@ -168,6 +170,22 @@ class TestChoice:
                 rest = range(degree + 1, 60)
                 steep = sum(2 * j * j * math.exp(log_bound(j, largest, 8)) for j in rest)
                 assert steep <= SLOPE * min(1.0, largest)
+
+
+def test_an_even_function_moves_both_factors() -> None:
+    """As at the start: `f'(0) = 0`, and the gradients are those of `f''`."""
+    f = sample(dtype=torch.float32)
+    f = replace(f, amplitude=torch.ones(50), bandwidth=torch.ones(50))
+    leaves = [t.requires_grad_() for t in problem(1e-5, f)[:3]]
+    way = factorisation(f, leaves[1].detach(), leaves[2].detach(), 1)
+    assert way is not None
+    upstream = torch.randn(6, 90)
+    found = torch.autograd.grad(factorised_linear(*leaves, f, way, scale=1.0), leaves, upstream)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = transfer_linear(*wide, f, scale=1.0)
+    for part, right in zip(found, torch.autograd.grad(exact, wide, upstream.double()), strict=True):
+        assert right.abs().max() > 0
+        assert (part - right).abs().max() <= 0.02 * right.abs().max()
 
 
 def test_no_matrix_of_the_weights_size_is_formed() -> None:

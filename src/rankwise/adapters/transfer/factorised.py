@@ -27,6 +27,8 @@ TRUNCATION = 1e-6
 """Largest error of `p`, in units of the sum of the amplitudes' sizes (or of 1, for `"sine"`)."""
 SLOPE = 1e-4
 """Largest error of `R p'`, in the same units times the reach: what the gradients of A and B see."""
+MIN_FACTORISED = 2
+"""Degree 1 has a constant slope, but f starts even: then only f'' moves A and B."""
 MAX_FACTORISED = 3
 """Degree 4 at r = 8 has 495 monomials and pays for no layer below d = 3,000."""
 DENSE_TOKENS = 300
@@ -91,7 +93,7 @@ def factorised_degree(basis: BasisName, reach: float, functions: int) -> int | N
     bound = BASES[basis].log_bound
     terms = [2 * math.exp(min(bound(j, reach, functions), 300.0)) for j in range(200)]
     slope = SLOPE * min(1.0, reach)
-    for degree in range(1, MAX_FACTORISED + 1):
+    for degree in range(MIN_FACTORISED, MAX_FACTORISED + 1):
         left = range(degree + 1, len(terms))
         if (
             sum(terms[j] for j in left) <= TRUNCATION
