@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter
-from rankwise.artifacts import RECORD_FILE, read_adapter_config
+from rankwise.artifacts import RECORD_FILE
 from rankwise.errors import ConfigError, nearest
 from rankwise.profiling.batches import with_progress
 from rankwise.provenance import DataFingerprint, model_fingerprint, versions
@@ -112,11 +112,7 @@ def _adapted(model: nn.Module, run: Path, record: RunRecord) -> PeftModel:
             f"model={record.config.get('model')!r} is no longer the model that {run} was trained "
             "on; put that one there."
         )
-    folder = run / ADAPTER_FOLDER
-    if read_adapter_config(folder).get("peft_type") == "LRLORA":
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        return adapted
-    return load_adapter(model, folder, trainable=True)
+    return load_adapter(model, run / ADAPTER_FOLDER, trainable=True)
 
 
 def loss_landscape(
