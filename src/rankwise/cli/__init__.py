@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from rankwise.cli.app import app, stderr
+from rankwise.cli.comparing import compare
 from rankwise.cli.looking import inspect, landscape, report
 from rankwise.cli.measuring import diff, plan, profile
 from rankwise.cli.running import demo, export, train
@@ -15,7 +16,7 @@ from rankwise.errors import RankwiseError
 __all__ = ["main"]
 
 # in the order in which the help lists them
-for _command in (profile, plan, diff, train, export, inspect, landscape, report, demo):
+for _command in (profile, plan, diff, train, compare, export, inspect, landscape, report, demo):
     app.command()(_command)
 
 

@@ -27,9 +27,9 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora import preprocess_loraga
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import ConfigError, nearest
+from rankwise.experiments.drivers import AdaLoraDriver
 from rankwise.experiments.sizing import Adapted, Baseline, ConfigFactory, Job, Size
 from rankwise.targets import LinearShape
 
@@ -41,13 +41,25 @@ NOT_AVAILABLE: Mapping[str, str] = {
 }
 """Methods that the papers compare with and that cannot be run, with the reason."""
 
+SIZE_OPTIONS = frozenset(
+    {
+        "r", "init_r", "target_r", "rank_pattern", "alpha_pattern", "blocks_pattern",
+        "n_frequency", "n_frequency_pattern", "target_modules", "exclude_modules",
+        "modules_to_save", "task_type", "peft_type", "alpha", "lora_alpha", "base_fingerprint",
+        "layers_to_transform", "layers_pattern", "auto_mapping", "base_model_name_or_path",
+        "revision", "inference_mode", "total_step",
+    }
+)  # fmt: skip
+"""Options of PEFT configurations that the budget, the targets or the run decide."""
+
 
 def _unlimited(_: LinearShape) -> int:
     """VeRA's and RandLoRA's random bases may be larger than the weight."""
     return 2**62
 
 
-def _lora_cost(shape: LinearShape, size: int) -> int:
+def lora_cost(shape: LinearShape, size: int) -> int:
+    """`r (d_in + d_out)`."""
     return size * shape.rank_cost
 
 
@@ -59,7 +71,8 @@ def _rank_patterns(size: Size) -> tuple[int, dict[str, int]]:
     }
 
 
-def _common(job: Job) -> dict[str, Any]:
+def common_options(job: Job) -> dict[str, Any]:
+    """What every PEFT configuration says of targets, task and modules trained whole."""
     options: dict[str, Any] = {"target_modules": list(job.targets)}
     if job.task_type is not None:
         options["task_type"] = job.task_type
@@ -78,7 +91,7 @@ def _lora(**fixed: Any) -> ConfigFactory:
             lora_alpha=2 * rank,
             rank_pattern=patterns,
             alpha_pattern={key: 2 * value for key, value in patterns.items()},
-            **_common(job),
+            **common_options(job),
             **fixed,
         )
 
@@ -87,12 +100,12 @@ def _lora(**fixed: Any) -> ConfigFactory:
 
 def _hira(job: Job, size: Size) -> PeftConfig:
     rank, patterns = _rank_patterns(size)
-    return HiraConfig(r=rank, rank_pattern=patterns, **_common(job))
+    return HiraConfig(r=rank, rank_pattern=patterns, **common_options(job))
 
 
 def _gralora(job: Job, size: Size) -> PeftConfig:
     rank = size.common * 2
-    return GraloraConfig(r=rank, alpha=2 * rank, gralora_k=2, **_common(job))
+    return GraloraConfig(r=rank, alpha=2 * rank, gralora_k=2, **common_options(job))
 
 
 def _adalora_start(target: int) -> int:
@@ -112,40 +125,26 @@ def _adalora(job: Job, size: Size) -> PeftConfig:
         tfinal=max(1, round(0.5 * steps)),
         deltaT=max(1, round(0.01 * steps)),
         total_step=steps,
-        **_common(job),
+        **common_options(job),
     )
 
 
-class AdaLoraCallback(TrainerCallback):
-    """Calls AdaLoRA's allocation after each optimizer step, while the gradients are still there."""
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Let AdaLoRA prune."""
-        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
-
-
 def _vera(job: Job, size: Size) -> PeftConfig:
-    return VeraConfig(r=size.common, **_common(job))
+    return VeraConfig(r=size.common, **common_options(job))
 
 
 def _randlora(job: Job, size: Size) -> PeftConfig:
-    return RandLoraConfig(r=size.common, **_common(job))
+    return RandLoraConfig(r=size.common, **common_options(job))
 
 
 def _fourierft(job: Job, size: Size) -> PeftConfig:
     """Scaling 300 as in the RaLoRA paper's comparison."""
     n = size.common
-    return FourierFTConfig(n_frequency=n, scaling=300.0, **_common(job))
+    return FourierFTConfig(n_frequency=n, scaling=300.0, **common_options(job))
 
 
 def _ia3(job: Job, size: Size) -> PeftConfig:
-    return IA3Config(feedforward_modules=[], **_common(job))
+    return IA3Config(feedforward_modules=[], **common_options(job))
 
 
 def _loraplus_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
@@ -194,9 +193,9 @@ def _estimate_for_lora_ga(job: Job, config: Any) -> None:
 BASELINES: Mapping[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
-        Baseline("lora", "Hu et al. 2022", _lora_cost, _lora(), per_module=True),
+        Baseline("lora", "Hu et al. 2022", lora_cost, _lora(), per_module=True),
         Baseline(
-            "rslora", "Kalajdzievski 2023", _lora_cost, _lora(use_rslora=True), per_module=True
+            "rslora", "Kalajdzievski 2023", lora_cost, _lora(use_rslora=True), per_module=True
         ),
         Baseline(
             "dora",
@@ -208,21 +207,21 @@ BASELINES: Mapping[str, Baseline] = {
         Baseline(
             "pissa",
             "Meng et al. 2024",
-            _lora_cost,
+            lora_cost,
             _lora(init_lora_weights="pissa"),
             per_module=True,
         ),
         Baseline(
             "olora",
             "Büyükakyüz 2024",
-            _lora_cost,
+            lora_cost,
             _lora(init_lora_weights="olora"),
             per_module=True,
         ),
         Baseline(
             "lora+",
             "Hayou et al. 2024",
-            _lora_cost,
+            lora_cost,
             _lora(),
             per_module=True,
             optimizer=_loraplus_optimizer,
@@ -239,7 +238,7 @@ BASELINES: Mapping[str, Baseline] = {
         Baseline(
             "eva",
             "Paischer et al. 2024",
-            _lora_cost,
+            lora_cost,
             _lora(init_lora_weights="eva", eva_config=EvaConfig()),
             finish=_initialise_eva,
             redistributes=True,
@@ -247,11 +246,11 @@ BASELINES: Mapping[str, Baseline] = {
         Baseline(
             "lora-ga",
             "Wang et al. 2024",
-            _lora_cost,
+            lora_cost,
             _lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
             prepare=_estimate_for_lora_ga,
         ),
-        Baseline("hira", "Huang et al. 2025", _lora_cost, _hira, per_module=True),
+        Baseline("hira", "Huang et al. 2025", lora_cost, _hira, per_module=True),
         Baseline(
             "gralora",
             "Jung et al. 2025",
@@ -263,7 +262,7 @@ BASELINES: Mapping[str, Baseline] = {
             "Zhang et al. 2023",
             lambda shape, r: r * (shape.rank_cost + 1),
             _adalora,
-            callbacks=lambda: (AdaLoraCallback(),),
+            driver=AdaLoraDriver,
             allocated=lambda shape, r: _adalora_start(r) * (shape.rank_cost + 1),
         ),
         Baseline(

@@ -15,9 +15,9 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, nearest
+from rankwise.experiments.drivers import Driver
 from rankwise.profiling.loss import LossFunction, model_loss
 from rankwise.targets import LinearShape, Targets
 
@@ -43,6 +43,7 @@ class Job:
         keep: Further modules to train and save whole, such as a classification head.
         task_type: As in PEFT.
         loss_fn: As in `profile_gradients`.
+        seed: Of the run, for what is drawn at random and is no parameter.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Job:
     keep: tuple[str, ...] = ()
     task_type: str | None = None
     loss_fn: LossFunction = model_loss
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,13 @@ class Adapted:
         model: With the adapters in place.
         size: What was solved for; None for full fine-tuning and zero-shot.
         make_optimizer: In place of AdamW over all trainable parameters, if the method has its own.
-        callbacks: For transformers' Trainer.
+        driver: What it does beside gradient steps.
     """
 
     model: nn.Module
     size: Size | None = None
     make_optimizer: OptimizerFactory | None = None
-    callbacks: tuple[TrainerCallback, ...] = ()
+    driver: Driver = field(default_factory=Driver)
 
 
 CostFunction = Callable[[LinearShape, int], int]
@@ -127,9 +129,10 @@ class Baseline:
         prepare: Runs before PEFT, on the base model.
         finish: Runs after PEFT.
         optimizer: Its own optimizer, if it has one.
-        callbacks: For transformers' Trainer.
+        driver: What it does beside gradient steps.
         allocated: Parameters of a module that the optimizer holds, where they are more than `cost`.
         limit: Largest size that a module can have.
+        shared: Parameters that all modules have in common.
         redistributes: Whether it moves ranks between modules by itself, so that the parameters are
             known only afterwards.
     """
@@ -143,10 +146,11 @@ class Baseline:
     prepare: Callable[[Job, Any], None] | None = None
     finish: Callable[[Job, PeftModel], None] | None = None
     optimizer: OptimizerFactory | None = None
-    callbacks: Callable[[], tuple[TrainerCallback, ...]] = field(default=tuple)
+    driver: Callable[[PeftModel], Driver] | None = None
     allocated: CostFunction | None = None
     redistributes: bool = False
     limit: Callable[[LinearShape], int] = _max_rank
+    shared: int = 0
 
     def solve(self, targets: Mapping[str, LinearShape], budget: int) -> Size:
         """The size whose cost is nearest the budget.
@@ -161,7 +165,7 @@ class Baseline:
         low, high = self.sizes
         high = min(high, *(self.limit(shape) for shape in targets.values()))
         totals = {
-            size: sum(self.cost(shape, size) for shape in targets.values())
+            size: self.shared + sum(self.cost(shape, size) for shape in targets.values())
             for size in range(low, high + 1)
         }
         size = min(totals, key=lambda size: (abs(totals[size] - budget), size))
@@ -176,7 +180,8 @@ class Baseline:
             return {name: min(common, limit) for name, limit in limits.items()}
 
         def total(values: Mapping[str, int]) -> int:
-            return sum(self.cost(targets[name], value) for name, value in values.items())
+            costs = (self.cost(targets[name], value) for name, value in values.items())
+            return self.shared + sum(costs)
 
         common = low
         while common < max(limits.values()) and total(sizes(common + 1)) <= budget:
@@ -191,20 +196,32 @@ class Baseline:
                 spent += more
         return Size(values, spent, budget)
 
-    def adapt(self, job: Job) -> Adapted:
+    def adapt(self, job: Job, options: Mapping[str, Any] | None = None) -> Adapted:
         """Attach the adapters, initialise them, and check that they cost what was solved for.
 
+        Args:
+            job: What to adapt.
+            options: Attributes of the PEFT configuration to set otherwise.
+
         Raises:
-            ConfigError: PEFT's adapters have another number of parameters than the formula says.
+            ConfigError: An option is unknown, or PEFT's adapters have another number of parameters
+                than the formula says.
         """
         size = self.solve(job.targets, job.budget)
         config = self.config(job, size)
+        for key, value in (options or {}).items():
+            if not hasattr(config, key):
+                raise ConfigError(
+                    f"{self.name}.{key}: no such option; {nearest(key, vars(config))}"
+                )
+            setattr(config, key, value)
         if self.prepare is not None:
             self.prepare(job, config)
         model = get_peft_model(job.model, config)
         if self.finish is not None:
             self.finish(job, model)
-        return Adapted(model, self._check(job, size, model), self.optimizer, self.callbacks())
+        driver = Driver() if self.driver is None else self.driver(model)
+        return Adapted(model, self._check(job, size, model), self.optimizer, driver)
 
     def _check(self, job: Job, size: Size, model: PeftModel) -> Size:
         """The size as PEFT carried it out."""
@@ -216,7 +233,8 @@ class Baseline:
         if self.redistributes:
             return replace(size, parameters=found)
         cost = self.allocated or self.cost
-        expected = sum(cost(job.targets[name], value) for name, value in size.values.items())
+        costs = (cost(job.targets[name], value) for name, value in size.values.items())
+        expected = self.shared + sum(costs)
         if found != expected:
             raise ConfigError(
                 f"{self.name}: PEFT made {found:,} trainable parameters where {expected:,} were "

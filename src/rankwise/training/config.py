@@ -239,7 +239,7 @@ def load_config(
             is not allowed.
     """
     text = read_text(path, "run configuration")
-    document = _parse_yaml(text, str(path))
+    document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as 'model: ...'.")
     if track is not None:
@@ -257,7 +257,7 @@ def validate(document: Mapping[str, Any], where: str) -> RunConfig:
     Raises:
         ConfigError: A key is unknown or a value is not allowed.
     """
-    _refuse_unknown(document, RunConfig, where, "")
+    refuse_unknown(document, RunConfig, where)
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
@@ -273,10 +273,15 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{text!r} must have the form key=value, such as training.steps=20.")
-    return key, _parse_yaml(value, text)
+    return key, parse_yaml(value, text)
 
 
-def _refuse_unknown(document: object, model: type[BaseModel], where: str, prefix: str) -> None:
+def refuse_unknown(document: object, model: type[BaseModel], where: str, prefix: str = "") -> None:
+    """Refuse keys that a section does not have, naming the nearest one.
+
+    Raises:
+        ConfigError: There is such a key.
+    """
     if not isinstance(document, dict):
         return
     for key, value in document.items():
@@ -286,7 +291,7 @@ def _refuse_unknown(document: object, model: type[BaseModel], where: str, prefix
         annotation = model.model_fields[key].annotation
         for section in (annotation, *get_args(annotation)):  # `Section | None` as well
             if isinstance(section, type) and issubclass(section, BaseModel):
-                _refuse_unknown(value, section, where, f"{prefix}{key}.")
+                refuse_unknown(value, section, where, f"{prefix}{key}.")
 
 
 def _override(document: dict[str, Any], assignment: str) -> None:
@@ -301,7 +306,12 @@ def _override(document: dict[str, Any], assignment: str) -> None:
     place[last] = value
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values from YAML, `2e-4` a number.
+
+    Raises:
+        ConfigError: It is not YAML, has aliases, or is nested too deep.
+    """
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):

@@ -1,0 +1,135 @@
+"""Which cells of an experiment are done, which are to do, and which learning rates were chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from rankwise.experiments.cell_records import FAILED, RECORDS, CellRecord, FailureRecord
+from rankwise.experiments.cells import Cell, Group, make_groups
+from rankwise.experiments.config import ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The learning rate of a group.
+
+    Attributes:
+        rate: Chosen, or fixed; None where nothing is trained, or nothing could be chosen.
+        final: Whether it is known; False while the search is not over.
+        at_edge: Whether the best one is the smallest or the largest of the grid, so that a better
+            one may lie beyond.
+        scores: Learning rate -> mean validation metric over the search's seeds; NaN where a run
+            diverged or failed.
+    """
+
+    rate: float | None
+    final: bool
+    at_edge: bool
+    scores: dict[float, float]
+
+
+class Board:
+    """The state of an experiment, as far as its records tell."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output) / RECORDS
+        self.groups = make_groups(config)
+        self._records: dict[str, CellRecord] = {}
+        self._finals: dict[tuple[int, float | None], list[Cell]] = {}
+
+    def path(self, cell: Cell) -> Path:
+        """Where the cell's record is or will be."""
+        return self.folder / cell.file_name
+
+    def failure_path(self, cell: Cell) -> Path:
+        """Where it says why the cell failed, if it did."""
+        return self.path(cell).with_suffix("").with_suffix(FAILED)
+
+    def record(self, cell: Cell) -> CellRecord | None:
+        """The cell's record, if it is finished.
+
+        Raises:
+            FileError: The record is damaged.
+        """
+        name = cell.file_name
+        if name not in self._records and self.path(cell).is_file():
+            self._records[name] = CellRecord.load(self.path(cell))
+        return self._records.get(name)
+
+    def failure(self, cell: Cell) -> FailureRecord | None:
+        """Why the cell failed, if it did and is not finished."""
+        path = self.failure_path(cell)
+        return FailureRecord.load(path) if path.is_file() else None
+
+    def choice(self, group: Group) -> Choice:
+        """The group's learning rate, on the mean validation metric of the search.
+
+        A rate at which any run diverged or failed is not chosen. Of equals, the smaller one.
+        """
+        grid, cells = group.grid, group.search
+        if not cells:
+            return Choice(grid[0] if grid else None, True, False, {})
+        sign = 1.0 if group.task.task.lower_is_better else -1.0
+        scores: dict[float, list[float]] = {rate: [] for rate in grid}
+        for cell in cells:
+            record = self.record(cell)
+            if record is None and self.failure(cell) is None:
+                return Choice(None, False, False, _means(scores))
+            value = None if record is None else record.value
+            assert cell.learning_rate is not None
+            scores[cell.learning_rate].append(math.nan if value is None else value)
+        means = _means(scores)
+        usable = [rate for rate in grid if math.isfinite(means[rate])]
+        if not usable:
+            return Choice(None, True, False, means)
+        best = min(usable, key=lambda rate: (sign * means[rate], rate))
+        return Choice(best, True, best in (grid[0], grid[-1]), means)
+
+    def finals(self, group: Group) -> list[Cell]:
+        """The cells that are compared, if the learning rate is known."""
+        choice = self.choice(group)
+        if not choice.final or (choice.rate is None and group.grid):
+            return []
+        key = id(group), choice.rate
+        if key not in self._finals:
+            self._finals[key] = group.final(choice.rate)
+        return self._finals[key]
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell that can be named by now, in the order in which they are run.
+
+        Task by task: the searches seed by seed, which have a base model in common, and then the
+        compared runs seed by seed, so that what is there at any time is a fair comparison.
+        """
+        tasks = list(dict.fromkeys(group.task.name for group in self.groups))
+        for task in tasks:
+            groups = [group for group in self.groups if group.task.name == task]
+            searches = [cell for group in groups for cell in group.search]
+            yield from sorted(searches, key=lambda cell: cell.seed)
+            finals = [self.finals(group) for group in groups]
+            for place in range(len(self.config.seeds)):
+                yield from (cells[place] for cells in finals if cells)
+
+    def total(self) -> int:
+        """How many cells there are, those whose learning rate is not known yet included."""
+        return sum(len(group.search) + len(group.seeds) for group in self.groups)
+
+    def records(self) -> list[CellRecord]:
+        """The finished cells."""
+        return [record for cell in self.cells() if (record := self.record(cell)) is not None]
+
+    def find(self, name: str) -> Cell | None:
+        """The cell of a name, with or without its hash."""
+        for cell in self.cells():
+            if name in (cell.name, cell.file_name, cell.file_name.removesuffix(".json")):
+                return cell
+        return None
+
+
+def _means(scores: dict[float, list[float]]) -> dict[float, float]:
+    return {rate: fmean(values) if values else math.nan for rate, values in scores.items()}

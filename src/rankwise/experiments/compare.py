@@ -1,0 +1,265 @@
+"""Running an experiment: workers that claim cells, one record each, progress with time left."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from rankwise.errors import ConfigError
+from rankwise.experiments.bench import Bench
+from rankwise.experiments.board import Board
+from rankwise.experiments.cell_records import FAILED, FailureRecord
+from rankwise.experiments.cells import Cell
+from rankwise.experiments.config import ExperimentConfig
+from rankwise.experiments.running import run_cell
+from rankwise.files import write_text
+
+logger = logging.getLogger(__name__)
+
+LOCKS = "locks"
+EXPERIMENT_FILE = "experiment.json"
+POLL_SECONDS = 0.5
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an experiment is.
+
+    Attributes:
+        cells: All of them.
+        done: Finished before or in this run.
+        failed: Failed in this run.
+        seconds_left: Estimate; None before the first cell of this run is finished.
+    """
+
+    cells: int
+    done: int
+    failed: int
+    seconds_left: float | None
+
+    def __str__(self) -> str:
+        left = "" if self.seconds_left is None else f", about {duration(self.seconds_left)} left"
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.done} of {self.cells} cells{failed}{left}"
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    *,
+    notify: Notify = logger.info,
+    show: Callable[[Progress], None] | None = None,
+) -> Board:
+    """Run every cell that has no record yet; what fails is recorded and left to the next call.
+
+    Args:
+        config: The experiment.
+        notify: Called with a line of text for every cell that ends.
+        show: Called with the progress, about twice a second where there are several workers.
+
+    Returns:
+        The board with all records there are.
+
+    Raises:
+        ConfigError: The device is not there.
+    """
+    device = choose_device(config.device)
+    board = Board(config)
+    board.folder.mkdir(parents=True, exist_ok=True)
+    (Path(config.output) / LOCKS).mkdir(exist_ok=True)
+    write_text(Path(config.output) / EXPERIMENT_FILE, config.model_dump_json(indent=1) + "\n")
+    for failure in board.folder.glob(f"*{FAILED}"):
+        failure.unlink()  # they are tried again
+    watch = _Watch(board, notify, show)
+    if config.workers == 1:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        work(board, device, watch.look)
+    else:
+        _run_workers(config, device, watch)
+    watch.look()
+    return board
+
+
+def work(board: Board, device: torch.device, after_each: Callable[[], None] | None = None) -> None:
+    """Claim and run cells until none is left; waits for those whose search others still run."""
+    bench = Bench(Path(board.config.output), device)
+    while True:
+        claimed, waiting = _claim(board)
+        if claimed is None:
+            if not waiting:
+                return
+            time.sleep(POLL_SECONDS)
+            continue
+        cell, lock = claimed
+        try:
+            _run_and_record(board, cell, bench)
+        finally:
+            lock.release()
+        if after_each is not None:
+            after_each()
+
+
+def _claim(board: Board) -> tuple[tuple[Cell, FileLock] | None, bool]:
+    """A cell nobody else runs, with its lock; and whether others run cells that are not done.
+
+    The lock is the operating system's, so that it is gone when its process is.
+    """
+    busy = False
+    for cell in board.cells():
+        if _is_over(board, cell):
+            continue
+        lock = FileLock(Path(board.config.output) / LOCKS / f"{cell.file_name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            busy = True
+            continue
+        if not _is_over(board, cell):
+            return (cell, lock), busy
+        lock.release()
+    # a search that ended while the list was walked may have opened new cells
+    return None, busy or any(not _is_over(board, cell) for cell in board.cells())
+
+
+def _is_over(board: Board, cell: Cell) -> bool:
+    """Whether the cell is finished or has failed."""
+    return board.path(cell).is_file() or board.failure_path(cell).is_file()
+
+
+def _run_and_record(board: Board, cell: Cell, bench: Bench) -> None:
+    failed = board.failure_path(cell)
+    try:
+        run_cell(cell, bench).save(board.path(cell))
+        failed.unlink(missing_ok=True)
+    except Exception as error:
+        # one cell's fault is not the others'; it is recorded and makes the command exit with 1
+        FailureRecord(
+            cell.name,
+            cell.config_hash,
+            f"{type(error).__name__}: {error}",
+            traceback.format_exc(),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        ).save(failed)
+
+
+def _run_workers(config: ExperimentConfig, device: torch.device, watch: _Watch) -> None:
+    context = multiprocessing.get_context("spawn")
+    arguments = (config.model_dump(mode="json"), str(device))
+    processes: list[SpawnProcess] = [
+        context.Process(target=_worker, args=arguments, daemon=True) for _ in range(config.workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(POLL_SECONDS)
+            watch.look()
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+    for process in processes:
+        if process.exitcode:
+            watch.notify(
+                f"worker {process.pid} ended with exit code {process.exitcode}; its cell has no "
+                "record and is run by the next call (memory may have run out: lower workers)"
+            )
+
+
+def _worker(document: dict[str, Any], device: str) -> None:
+    config = ExperimentConfig.model_validate(document)
+    torch.set_num_threads(config.threads or 1)
+    work(Board(config), torch.device(device))
+
+
+class _Watch:
+    """Tells of every cell that ends, and estimates the time left."""
+
+    def __init__(
+        self,
+        board: Board,
+        notify: Notify,
+        show: Callable[[Progress], None] | None,
+    ) -> None:
+        self.board = board
+        self.notify = notify
+        self._show = show
+        self._started = time.monotonic()
+        self._seen = {c.file_name for c in board.cells() if board.path(c).is_file()}
+        self._before = len(self._seen)
+        self._failed: set[str] = set()
+        if self._before:
+            notify(f"{self._before} of {board.total()} cells are finished already")
+
+    def look(self) -> None:
+        """Read what is new."""
+        for cell in list(self.board.cells()):
+            if cell.file_name in self._seen or cell.file_name in self._failed:
+                continue
+            if self.board.path(cell).is_file():
+                self._seen.add(cell.file_name)
+                self._tell(cell)
+            elif _is_over(self.board, cell):
+                self._failed.add(cell.file_name)
+                failure = self.board.failure(cell)
+                self.notify(f"{self.progress()}: {cell.name} failed: {failure and failure.error}")
+        if self._show is not None:
+            self._show(self.progress())
+
+    def progress(self) -> Progress:
+        """How far it is; the time left from the mean time of a cell so far."""
+        total, done = self.board.total(), len(self._seen)
+        ended = done - self._before + len(self._failed)
+        left = None
+        if ended:
+            left = (time.monotonic() - self._started) / ended * (total - done - len(self._failed))
+        return Progress(total, done, len(self._failed), left)
+
+    def _tell(self, cell: Cell) -> None:
+        record = self.board.record(cell)
+        assert record is not None
+        seconds = sum(record.seconds[part] for part in ("prepare", "train", "evaluate"))
+        if record.diverged_at is not None:
+            outcome = f"diverged at step {record.diverged_at}"
+        else:
+            outcome = f"{record.metric} {record.value:.4f}"
+        self.notify(f"{self.progress()}: {cell.name}: {outcome} ({seconds:.0f} s)")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an experiment.
+
+    Raises:
+        ConfigError: There is no GPU where one is asked for.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': there is no GPU; use 'auto' or 'cpu'.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def duration(seconds: float) -> str:
+    """A time span in the two largest units that matter.
+
+    Example:
+        >>> duration(7270)
+        '2 h 1 min'
+    """
+    minutes, hours = round(seconds / 60), int(seconds // 3600)
+    if hours:
+        return f"{hours} h {minutes - 60 * hours} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"

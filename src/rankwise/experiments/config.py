@@ -1,0 +1,318 @@
+"""One YAML file describes an experiment: methods, budgets, seeds, tasks, and how to train."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from rankwise.errors import ConfigError, nearest
+from rankwise.experiments.methods import Entry, make_entry
+from rankwise.experiments.tasks import TASKS, Task
+from rankwise.files import describe, read_text
+from rankwise.training.config import parse_assignment, parse_yaml, refuse_unknown
+
+SMALL = "small"
+"""The section of a file whose values replace the others under `--scale small`."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Settings = TypeVar("Settings", bound=_Section)
+
+
+class TrainingSettings(_Section):
+    """How every method is trained; a task may have its own."""
+
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="cosine falls to 10 % of the learning rate, linear to 0"
+    )
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, description="of a new classification head; default: that of the run"
+    )
+    evaluations: int = Field(
+        default=4, ge=1, description="evaluations on the validation part, evenly spread"
+    )
+
+
+class ProfileSettings(_Section):
+    """How gradients are measured for the methods that need them."""
+
+    batches: int | None = Field(default=None, ge=1, description="default: 8, and 32 for gard")
+    batch_size: int | None = Field(default=None, ge=1, description="default: the training's")
+
+
+class SelectionSettings(_Section):
+    """How learning rates are chosen, on the validation part."""
+
+    seeds: list[int] = Field(default=[1000], min_length=1, description="other than those compared")
+    steps: int | None = Field(default=None, ge=1, description="default: those of the training")
+
+
+class ReferenceSettings(_Section):
+    """What everything is compared with."""
+
+    method: str = Field(default="lora", description="label of a method of this file")
+    rank: int = Field(default=8, ge=1, description="its budget, where parameters are counted")
+
+
+class ExperimentConfig(_Section):
+    """Everything `rankwise compare` needs."""
+
+    output: str = Field(description="folder for records, profiles and results")
+    title: str = Field(default="", description="heading of the results")
+    model: str | None = Field(default=None, description="of tasks that name none")
+    tasks: list[dict[str, Any]] = Field(min_length=1)
+    methods: list[str | dict[str, Any]] = Field(min_length=1)
+    budgets: list[int] = Field(
+        min_length=1, description="LoRA ranks: what LoRA of that rank costs on the same targets"
+    )
+    seeds: list[int] = Field(min_length=1)
+    targets: str | list[str] = "all-linear"
+    learning_rates: list[float] = Field(min_length=1, description="the same grid for every method")
+    selection: SelectionSettings = SelectionSettings()
+    training: TrainingSettings = TrainingSettings()
+    profile: ProfileSettings = ProfileSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    workers: int = Field(default=1, ge=1, description="processes")
+    threads: int | None = Field(
+        default=None, ge=1, description="of each; default: 1 if there are several"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("budgets", "seeds", "learning_rates")
+    @classmethod
+    def _no_repetition(cls, values: list[float]) -> list[float]:
+        if len(set(values)) < len(values):
+            raise ValueError("holds a value twice")
+        if min(values) < 0:
+            raise ValueError("holds a negative value")
+        return values
+
+    @model_validator(mode="after")
+    def _parts_are_known(self) -> ExperimentConfig:
+        self.make_methods()
+        self.make_tasks()
+        shared = sorted(set(self.seeds) & set(self.selection.seeds))
+        if shared and self.searches:
+            raise ConfigError(
+                f"selection.seeds: {shared} are among seeds; learning rates must be chosen on "
+                "other seeds than those that are compared."
+            )
+        return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether some method's learning rate is chosen."""
+        grids = [self.learning_rates, *(t.get("learning_rates") or [] for t in self.tasks)]
+        return any(len(grid) > 1 for grid in grids)
+
+    def make_methods(self) -> list[Entry]:
+        """The methods with their options, in order.
+
+        Raises:
+            ConfigError: A name or an option is unknown, or two have one label.
+        """
+        entries = [make_entry(method) for method in self.methods]
+        _refuse_repeated([entry.label for entry in entries], "methods", "give each a label")
+        _refuse_repeated([entry.slug for entry in entries], "methods", "make labels more different")
+        return entries
+
+    def make_tasks(self) -> list[TaskSpec]:
+        """The tasks with the settings that apply to them.
+
+        Raises:
+            ConfigError: A kind, key or value is unknown, or two have one name.
+        """
+        specs = [self._make_task(dict(task), i) for i, task in enumerate(self.tasks)]
+        _refuse_repeated([spec.name for spec in specs], "tasks", "give each a name of its own")
+        return specs
+
+    def _make_task(self, options: dict[str, Any], index: int) -> TaskSpec:
+        where = f"tasks.{index}"
+        kind = options.pop("kind", None)
+        if kind not in TASKS:
+            raise ConfigError(f"{where}.kind={kind!r} is no task; {nearest(str(kind), TASKS)}")
+        own = {key: options.pop(key) for key in _OWN_KEYS if key in options}
+        name = own.get("name", kind)
+        if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"{where}.name={name!r} must be letters, digits, '-' and '_'.")
+        if self.model is not None:
+            options.setdefault("model", self.model)
+        try:
+            return TaskSpec(
+                name=name,
+                kind=kind,
+                task=_make_dataclass(TASKS[kind], options, where),
+                options=options,
+                training=_replaced(self.training, own.get("training"), f"{where}.training"),
+                profile=_replaced(self.profile, own.get("profile"), f"{where}.profile"),
+                targets=TypeAdapter(str | list[str]).validate_python(
+                    own.get("targets", self.targets)
+                ),
+                learning_rates=TypeAdapter(list[float]).validate_python(
+                    own.get("learning_rates", self.learning_rates)
+                ),
+                budgets=TypeAdapter(list[int]).validate_python(own.get("budgets", self.budgets)),
+            )
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {describe(error)}") from error
+
+
+_OWN_KEYS = ("name", "training", "profile", "targets", "learning_rates", "budgets")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of an experiment.
+
+    Attributes:
+        name: As records and tables call it.
+        kind: Key of `TASKS`.
+        task: The task itself.
+        options: What it was made of.
+        training: The experiment's settings with the task's own in place of some.
+        profile: Likewise.
+        targets: Likewise.
+        learning_rates: Likewise.
+        budgets: Likewise.
+    """
+
+    name: str
+    kind: str
+    task: Task
+    options: dict[str, Any]
+    training: TrainingSettings
+    profile: ProfileSettings
+    targets: str | list[str]
+    learning_rates: list[float]
+    budgets: list[int]
+
+
+def load_experiment(
+    path: Path, overrides: Sequence[str] = (), *, scale: str = "full"
+) -> ExperimentConfig:
+    """Read an experiment file and apply overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: `section.key=value`, the value in YAML; `tasks.0.max_test=100` for a list.
+        scale: `"full"`, or `"small"` for the values of the file's section `small`.
+
+    Raises:
+        FileError: The file is missing or unreadable.
+        ConfigError: It is not YAML, a key is unknown, or a value is not allowed.
+    """
+    document = parse_yaml(read_text(path, "experiment"), str(path))
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: must hold keys and values, such as 'output: runs/cola'.")
+    return make_experiment(document, overrides, scale=scale, where=str(path))
+
+
+def make_experiment(
+    document: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    scale: str = "full",
+    where: str = "experiment",
+) -> ExperimentConfig:
+    """An experiment from plain values; see `load_experiment`.
+
+    Raises:
+        ConfigError: A key is unknown or a value is not allowed.
+    """
+    merged: dict[str, Any] = copy.deepcopy(dict(document))
+    small = merged.pop(SMALL, None)
+    if scale not in ("full", SMALL):
+        raise ConfigError(f"scale={scale!r} must be 'full' or 'small'.")
+    if scale == SMALL:
+        if not isinstance(small, dict):
+            raise ConfigError(f"{where}: has no section 'small', which --scale small needs.")
+        _merge(merged, small)
+    for override in overrides:
+        _override(merged, override)
+    refuse_unknown(merged, ExperimentConfig, where)
+    try:
+        return ExperimentConfig.model_validate(merged)
+    except ValidationError as error:
+        cause = error.errors()[0].get("ctx", {}).get("error")
+        reason = str(cause) if isinstance(cause, ConfigError) else describe(error)
+        raise ConfigError(f"{where}: {reason}") from error
+
+
+def _merge(document: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Sections are merged key by key; anything else, lists among it, is replaced."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            _merge(document[key], value)
+        else:
+            document[key] = value
+
+
+def _override(document: dict[str, Any], assignment: str) -> None:
+    key, value = parse_assignment(assignment)
+    *sections, last = key.split(".")
+    place: Any = document
+    for section in sections:
+        if isinstance(place, list) and section.isdecimal() and int(section) < len(place):
+            place = place[int(section)]
+        elif isinstance(place, dict):
+            place = place.setdefault(section, {})
+        else:
+            raise ConfigError(f"{assignment!r}: {section} is not a section of the experiment.")
+    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise ConfigError(f"{assignment!r}: {last} has no place in the experiment.")
+
+
+def _replaced(settings: Settings, changes: object, where: str) -> Settings:
+    """Settings with some values replaced, and checked again."""
+    if changes is None:
+        return settings
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{where}={changes!r} must hold keys and values.")
+    refuse_unknown(changes, type(settings), where)
+    return type(settings).model_validate(settings.model_dump() | changes)
+
+
+def _make_dataclass(cls: type[Task], options: Mapping[str, Any], where: str) -> Task:
+    known = {field.name: field for field in fields(cls)}
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {nearest(key, [*known, *_OWN_KEYS])}")
+    for name, field in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and name not in options:
+            raise ConfigError(f"{where}: needs {name!r}.")
+    # through JSON, where strictness is about numbers and text and lists may become tuples
+    return TypeAdapter(cls).validate_json(json.dumps(options), strict=True)
+
+
+def _refuse_repeated(names: Sequence[str], what: str, remedy: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{what}: {', '.join(twice)} stands there twice; {remedy}.")

@@ -1,0 +1,116 @@
+"""This project's own adapters as rows that are sized like the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from rankwise.adapters import LrLoraConfig, RaLoraConfig, lr_lora_param_groups
+from rankwise.adapters.transfer import BASES
+from rankwise.errors import ConfigError, nearest
+from rankwise.experiments.baselines import SIZE_OPTIONS, common_options, lora_cost
+from rankwise.experiments.sizing import Baseline, Job, OptimizerFactory, Size
+
+AMPLITUDE_RATIO = "amplitude_ratio"
+MELORA_BLOCKS = 4
+"""Mini adapters of MELoRA; its paper tries 2 to 16."""
+
+
+def lr_lora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) -> Baseline:
+    """LR-LoRA, or SineLoRA with `basis="sine"`, with options of `LrLoraConfig`.
+
+    A module costs `r (d_in + d_out)` and the parameters of its function: K amplitudes, K bandwidths
+    if they are learned and K grid points if they are (LR-LoRA section 4.1).
+
+    Raises:
+        ConfigError: An option is unknown or its value is not allowed.
+    """
+    settings = dict(options)
+    ratio = settings.pop(AMPLITUDE_RATIO, None)
+    example = _config(LrLoraConfig, settings, name, [AMPLITUDE_RATIO])
+    own, shared = function_parameters(example)
+
+    def config(job: Job, size: Size) -> PeftConfig:
+        return LrLoraConfig(
+            r=size.common,
+            alpha=alpha_over_r * size.common,
+            rank_pattern=dict(size.values),
+            **common_options(job),
+            **settings,
+        )
+
+    return Baseline(
+        name,
+        "Ji et al. 2025 (SineLoRA)" if example.basis == "sine" else "LR-LoRA",
+        lambda shape, r: r * shape.rank_cost + own,
+        config,
+        per_module=True,
+        shared=shared,
+        optimizer=None if example.basis == "sine" else lr_lora_optimizer(ratio),
+    )
+
+
+def lr_lora_optimizer(amplitude_ratio: float | None = None) -> OptimizerFactory:
+    """AdamW with LR-LoRA's own learning rate for the amplitudes."""
+    options = {} if amplitude_ratio is None else {AMPLITUDE_RATIO: amplitude_ratio}
+
+    def make(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+        return AdamW(lr_lora_param_groups(model, lr, **options), weight_decay=weight_decay)
+
+    return make
+
+
+def function_parameters(config: LrLoraConfig) -> tuple[int, int]:
+    """Trainable parameters of f: of each module, and those that all modules share."""
+    if config.basis == "sine":
+        return 0, 0
+    basis, k = BASES[config.basis], config.points
+    parts = {"amplitude": basis.amplitudes(k)}
+    if basis.local and config.bandwidth == "learned":
+        parts["bandwidth"] = k
+    if basis.local and config.grid == "learned":
+        parts["grid"] = k
+    shared = sum(n for part, n in parts.items() if config.share in (part, "all"))
+    return sum(parts.values()) - shared, shared
+
+
+def melora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) -> Baseline:
+    """MELoRA: every module's update is `blocks` small LoRAs side by side, all of LoRA's cost.
+
+    Each mini adapter draws A for its own fan-in, as a LoRA of that size would.
+
+    Raises:
+        ConfigError: An option is unknown or its value is not allowed.
+    """
+    settings: dict[str, Any] = {"blocks": MELORA_BLOCKS, "init_fan_in": "block"} | dict(options)
+    _config(RaLoraConfig, settings, name)
+
+    def config(job: Job, size: Size) -> PeftConfig:
+        return RaLoraConfig(
+            r=size.common,
+            alpha=alpha_over_r * size.common,
+            rank_pattern=dict(size.values),
+            **common_options(job),
+            **settings,
+        )
+
+    return Baseline(name, "Ren et al. 2024", lora_cost, config, per_module=True)
+
+
+def _config(
+    cls: type[Any], options: Mapping[str, Any], name: str, also: list[str] | None = None
+) -> Any:
+    """A configuration, so that wrong options are found before anything runs."""
+    known = [field.name for field in fields(cls) if field.name not in SIZE_OPTIONS]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{name}.{key}: no such option; {nearest(key, known + (also or []))}")
+    try:
+        return cls(target_modules=["x"], **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,186 @@
+"""The results of a comparison as text: for the terminal, and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rankwise.experiments.results import Results, Row
+from rankwise.experiments.statistics import Comparison, Summary
+from rankwise.tables import make_table, markdown_table, render
+
+COLUMNS = (
+    "method",
+    "lr",
+    "parameters",
+    "mean",
+    "sd",
+    "95 % interval",
+    "against {reference}",
+    "95 % interval of it",
+    "p (t)",
+    "p (Wilcoxon)",
+    "p (Holm)",
+    "train s",
+    "profile s",
+    "peak MiB",
+    "seeds",
+)
+READING = (
+    "`lr` was chosen on the validation part, of the same grid for every method; `!` marks one at "
+    "the edge of the grid. `parameters` are those of the adapters; `†` marks a method that cannot "
+    "be brought within 2 % of the budget. The difference is paired over seeds, method minus "
+    "reference. `p (Holm)` corrects the t-test for all comparisons of one table. With few seeds "
+    "Wilcoxon's p cannot be small: with five, 0.0625 at least."
+)
+
+
+def terminal_table(results: Results) -> str:
+    """All tables as plain text."""
+    parts = []
+    for task, rank in _tables(results):
+        rows = _rows_of(results, task, rank)
+        columns = [column.format(reference=results.reference) for column in COLUMNS]
+        table = make_table(columns, [_cells(row) for row in rows], title=_title(rows))
+        parts += [render(table), *(f"  {line}" for line in _remarks(rows)), ""]
+    return "\n".join([*parts, _foot(results)])
+
+
+def markdown(results: Results) -> str:
+    """The page `results.md`."""
+    lines = [f"# {results.title}", "", _foot(results), "", READING]
+    for task, rank in _tables(results):
+        rows = _rows_of(results, task, rank)
+        columns = [column.format(reference=results.reference) for column in COLUMNS]
+        lines += ["", f"## {_title(rows)}", "", markdown_table(columns, map(_cells, rows))]
+        lines += ["", *(f"- {line}" for line in _remarks(rows))]
+    lines += _rank_section(results) + _rate_section(results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _tables(results: Results) -> list[tuple[str, int]]:
+    return list(dict.fromkeys((row.task, row.rank) for row in results.rows))
+
+
+def _rows_of(results: Results, task: str, rank: int) -> list[Row]:
+    return [row for row in results.rows if (row.task, row.rank) == (task, rank)]
+
+
+def _title(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    budget = next((row.budget for row in rows if row.budget is not None), None)
+    cost = "" if budget is None else f", {budget:,} parameters"
+    better = "lower" if first.lower_is_better else "higher"
+    return (
+        f"{first.task}: {first.metric} ({better} is better), budget of LoRA r = {first.rank}{cost}"
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    rate = "" if row.learning_rate is None else f"{row.learning_rate:g}"
+    size = "" if row.parameters is None else f"{row.parameters:,}"
+    if row.parameters is None and row.trainable:
+        size = f"{row.trainable:,}"
+    return [
+        row.label,
+        rate + ("!" if row.at_edge else ""),
+        size + ("†" if row.matched is False else ""),
+        *_summary_cells(row.summary),
+        *_comparison_cells(row.against),
+        _seconds(row.seconds.get("train")),
+        _seconds(row.seconds.get("profile")),
+        "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:,.0f}",
+        f"{len(row.values)}/{row.wanted}" if row.wanted else "",
+    ]
+
+
+def _summary_cells(summary: Summary | None) -> list[str]:
+    if summary is None:
+        return ["", "", ""]
+    return [f"{summary.mean:.4f}", _number(summary.deviation), _interval(summary)]
+
+
+def _comparison_cells(comparison: Comparison | None) -> list[str]:
+    if comparison is None:
+        return [""] * 5
+    difference = comparison.difference
+    return [
+        f"{difference.mean:+.4f}",
+        _interval(difference, sign="+"),
+        _p(comparison.t_p),
+        _p(comparison.wilcoxon_p),
+        _p(comparison.holm_p),
+    ]
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What the columns have no room for."""
+    remarks = []
+    for row in rows:
+        if row.status != "finished":
+            remarks.append(f"{row.label}: {row.status}")
+        if row.diverged:
+            seeds = ", ".join(map(str, row.diverged))
+            remarks.append(f"{row.label}: diverged at seed {seeds}, which the mean leaves out")
+        if row.matched is False and row.budget and row.parameters:
+            off = row.parameters / row.budget - 1
+            remarks.append(f"{row.label}: not matched, {off:+.1%} of the budget")
+        remarks += [f"{row.label}: {where} failed: {why}" for where, why in row.failed.items()]
+    return remarks
+
+
+def _foot(results: Results) -> str:
+    return (
+        f"{results.finished} of {results.cells} cells finished, {results.hours:.1f} hours of "
+        f"computing; commit {', '.join(results.commits) or 'none'}; "
+        f"{', '.join(results.hardware) or 'no machine yet'}."
+    )
+
+
+def _rank_section(results: Results) -> list[str]:
+    lines: list[str] = []
+    for rank, methods in results.mean_ranks.items():
+        ordered = sorted(methods.items(), key=lambda item: item[1])
+        lines += ["", f"## Mean rank over tasks and seeds, budget of LoRA r = {rank}", ""]
+        lines.append(markdown_table(["method", "rank"], [(m, f"{v:.2f}") for m, v in ordered]))
+    return lines
+
+
+def _rate_section(results: Results) -> list[str]:
+    """Appendix: the validation metric at every learning rate of the grid."""
+    lines: list[str] = []
+    for task, rank in _tables(results):
+        rows = [row for row in _rows_of(results, task, rank) if row.rates]
+        if not rows:
+            continue
+        rates = sorted({rate for row in rows for rate in row.rates}, key=float)
+        table = [[row.label, *(_score(row, rate) for rate in rates)] for row in rows]
+        lines += ["", f"## Learning rates on the validation part: {task}, r = {rank}", ""]
+        lines.append(markdown_table(["method", *rates], table))
+    return lines
+
+
+def _score(row: Row, rate: str) -> str:
+    score = row.rates.get(rate)
+    if score is None or math.isnan(score):
+        return "–"
+    chosen = row.learning_rate is not None and f"{row.learning_rate:g}" == rate
+    return f"**{score:.4f}**" if chosen else f"{score:.4f}"
+
+
+def _interval(summary: Summary, sign: str = "") -> str:
+    if math.isnan(summary.low):
+        return ""
+    return f"{summary.low:{sign}.4f} to {summary.high:{sign}.4f}"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2g}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.experiments import compare as compare_module
+from rankwise.experiments.board import Board
+from rankwise.experiments.cell_records import CellRecord
+from rankwise.experiments.compare import duration, run_experiment
+from rankwise.experiments.config import make_experiment
+from rankwise.experiments.result_tables import markdown, terminal_table
+from rankwise.experiments.results import make_results
+from tiny_experiment import write_experiment
+
+
+def _run(document: dict[str, Any]) -> Board:
+    return run_experiment(make_experiment(document))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Board, Path]:
+    folder = tmp_path_factory.mktemp("compare")
+    methods = ["lora", "ralora", "zero-shot", "mora"]
+    document = write_experiment(folder, methods=methods, learning_rates=[1e-3, 1e-2])
+    return _run(document), folder
+
+
+def test_an_experiment_leaves_a_record_for_every_cell(finished: tuple[Board, Path]) -> None:
+    board, _ = finished
+    records = {record.name: record for record in board.records()}
+    # two methods with a search of two rates on one seed and two seeds each, zero-shot with two
+    assert len(records) == 2 * (2 + 2) + 2 == board.total()
+    lora = next(r for r in records.values() if r.label == "lora" and r.phase == "final")
+    assert lora.size is not None and lora.size.matched
+    assert lora.trainable_parameters == lora.size.parameters == lora.size.budget
+    assert [e.step for e in lora.validation] == [2, 4]
+    assert lora.test is not None and lora.test["loss"] > 0
+    assert lora.tokens > 0 and lora.seconds["profile"] == 0
+    assert next(r for r in records.values() if r.label == "ralora").seconds["profile"] > 0
+    search = next(r for r in records.values() if r.phase == "search")
+    assert search.test is None
+    assert search.seed == 1000
+
+
+def test_learning_rates_are_chosen_on_the_validation_part(finished: tuple[Board, Path]) -> None:
+    board, _ = finished
+    for group in board.groups:
+        if not group.grid:
+            continue
+        losses = {
+            cell.learning_rate: record.validation[-1].metrics["loss"]
+            for cell in group.search
+            if (record := board.record(cell))
+        }
+        assert board.choice(group).rate == min(losses, key=lambda rate: losses[rate])
+        assert board.choice(group).at_edge
+
+
+def test_results_are_those_of_the_records(finished: tuple[Board, Path]) -> None:
+    board, _ = finished
+    results = make_results(board)
+    rows = {row.label: row for row in results.rows}
+    by_seed = {r.seed: r.value for r in board.records() if r.label == "ralora" and r.test}
+    against = {r.seed: r.value for r in board.records() if r.label == "lora" and r.test}
+    assert rows["ralora"].values == {str(seed): value for seed, value in by_seed.items()}
+    assert rows["ralora"].summary is not None
+    assert rows["ralora"].summary.mean == pytest.approx(sum(by_seed.values()) / 2)
+    comparison = rows["ralora"].against
+    assert comparison is not None
+    expected = sum(by_seed[s] - against[s] for s in by_seed) / 2
+    assert comparison.difference.mean == pytest.approx(expected)
+    assert rows["mora"].status.startswith("not available: no kept library")
+    # without training nothing depends on the seed
+    assert rows["zero-shot"].summary is not None
+    assert rows["zero-shot"].summary.deviation == 0
+    assert set(results.mean_ranks["2"]) == {"lora", "ralora", "zero-shot"}
+
+
+def test_tables_name_every_method(finished: tuple[Board, Path], tmp_path: Path) -> None:
+    results = make_results(finished[0])
+    for text in (terminal_table(results), markdown(results)):
+        for label in ("lora", "ralora", "zero-shot", "mora: not available"):
+            assert label in text
+        assert "10 of 10 cells finished" in text
+    assert "## Learning rates on the validation part: lines, r = 2" in markdown(results)
+    results.save(tmp_path)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert len(document["rows"]) == 4
+    assert document["rows"][0]["against"] is None
+
+
+def test_a_finished_record_is_never_run_twice(
+    finished: tuple[Board, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, _ = finished
+    monkeypatch.setattr(compare_module, "run_cell", None)
+    again = run_experiment(board.config)
+    assert [r.name for r in again.records()] == [r.name for r in board.records()]
+
+
+def test_changed_settings_are_run_anew_and_never_mixed(tmp_path: Path) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], seeds=[0])
+    before = _run(document).records()
+    changed = document | {"training": document["training"] | {"steps": 3}}
+    board = Board(make_experiment(changed))
+    assert board.records() == []
+    after = run_experiment(board.config).records()
+    assert [r.config_hash for r in after] != [r.config_hash for r in before]
+    assert Board(make_experiment(document)).records() == before
+    assert len(list(board.folder.glob("*.json"))) == 2
+
+
+def test_a_killed_cell_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = write_experiment(tmp_path, methods=["lora"])
+    real = compare_module.run_cell
+    calls = []
+
+    def killed_at_the_second(*arguments: Any) -> CellRecord:
+        calls.append(arguments[0].name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(compare_module, "run_cell", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        _run(document)
+    board = _run(document)
+    assert len(board.records()) == 2
+    assert calls == [calls[0], calls[1], calls[1]]
+
+
+def test_a_failure_is_recorded_and_retried_and_does_not_stop_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = write_experiment(tmp_path)
+    real = compare_module.run_cell
+
+    def broken(cell: Any, bench: Any) -> CellRecord:
+        if cell.method.name == "lora" and cell.seed == 0:
+            raise RuntimeError("out of luck")
+        return real(cell, bench)
+
+    monkeypatch.setattr(compare_module, "run_cell", broken)
+    said: list[str] = []
+    board = run_experiment(make_experiment(document), notify=said.append)
+    assert len(board.records()) == 3
+    assert any("failed: RuntimeError: out of luck" in line for line in said)
+    row = make_results(board).rows[0]
+    assert row.failed == {"seed 0": "RuntimeError: out of luck"}
+    assert row.status == "failed"
+    assert "seed 0 failed" in terminal_table(make_results(board))
+    monkeypatch.setattr(compare_module, "run_cell", real)
+    board = _run(document)
+    assert len(board.records()) == 4
+    assert not make_results(board).rows[0].failed
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path: Path) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], learning_rates=[1e-2, 1e38])
+    board = _run(document)
+    choice = board.choice(board.groups[0])
+    assert choice.rate == 1e-2
+    assert math.isnan(choice.scores[1e38])
+    diverged = [r for r in board.records() if r.diverged_at is not None]
+    assert [r.learning_rate for r in diverged] == [1e38]
+
+
+def test_workers_share_the_cells_and_give_the_same_records(
+    finished: tuple[Board, Path],
+) -> None:
+    board, folder = finished
+    config = make_experiment(
+        board.config.model_dump(mode="json") | {"output": str(folder / "two"), "workers": 2}
+    )
+    twice = run_experiment(config)
+    metrics = {r.name: (r.validation, r.test) for r in board.records()}
+    assert {r.name: (r.validation, r.test) for r in twice.records()} == metrics
+
+
+def test_durations() -> None:
+    assert duration(12.4) == "12 s"
+    assert duration(600) == "10 min"
+    assert duration(7270) == "2 h 1 min"
