@@ -1,0 +1,196 @@
+"""Multiple choice by likelihood: one data set, or several of the commonsense eight at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rankwise.errors import DataError, nearest
+from rankwise.experiments.tasks.base import TaskData, evenly
+from rankwise.experiments.tasks.commonsense import COMMONSENSE
+from rankwise.experiments.tasks.language import CompletionTask, encode_completion
+from rankwise.experiments.tasks.reading import Row, read_rows, text_of
+from rankwise.profiling.loss import IGNORED_LABEL
+
+
+@dataclass(frozen=True)
+class ChoiceTask(CompletionTask):
+    """Multiple choice by likelihood: the answer is the candidate completion that is most likely.
+
+    Rows are those of LLM-Adapters' commonsense sets: the instruction ends in `Answer format: a/b/c`
+    and the completion is `the correct answer is b`. The log-likelihood of a candidate is summed
+    over its tokens.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    prompt_column: str = "instruction"
+    completion_column: str = "output"
+
+    def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
+        """Share of rows whose right answer is the most likely one."""
+        return {"accuracy": float(np.mean(self._right(model, rows)))}
+
+    def _right(self, model: nn.Module, rows: Sequence[Row]) -> list[bool]:
+        training = model.training
+        model.eval()
+        try:
+            return [
+                int(candidate_likelihoods(model, row["candidates"]).argmax()) == row["answer"]
+                for row in rows
+            ]
+        finally:
+            model.train(training)
+
+    def _encode(self, row: Mapping[str, Any], processor: Any) -> Row:
+        prompt = text_of(row, self.prompt_column)
+        found = re.search(r"Answer format:\s*(\S+)\s*$", prompt)
+        answer = text_of(row, "answer")
+        choices = found.group(1).split("/") if found else []
+        if answer not in choices:
+            raise DataError(
+                f"a row's answer {answer!r} is not among its choices {choices}; the instruction "
+                "must end in 'Answer format: a/b/c'."
+            )
+        completion = text_of(row, self.completion_column)
+        texts = [completion.replace(answer, choice) for choice in choices]
+        candidates = self._candidates(prompt + "\n", texts, processor)
+        right = choices.index(answer)
+        return {**candidates[right], "candidates": candidates, "answer": right}
+
+    def _encode_test(self, row: Mapping[str, Any], processor: Any) -> Row:
+        return self._encode(row, processor)
+
+    def _candidates(self, prompt: str, texts: Sequence[str], processor: Any) -> list[Row]:
+        """All after the same tokens, so that a prompt that is too long is cut for all alike."""
+        whole = [encode_completion("", text, processor, self.max_length) for text in texts]
+        longest = max(len(row["input_ids"]) for row in whole)
+        if longest >= self.max_length:
+            raise DataError(
+                f"max_length={self.max_length} leaves no token of the question before an answer of "
+                f"{longest} tokens; raise max_length."
+            )
+        return [
+            encode_completion(
+                prompt, text, processor, self.max_length - longest + len(row["input_ids"])
+            )
+            for text, row in zip(texts, whole, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class CommonsenseTask(ChoiceTask):
+    """Several of the commonsense eight, trained on together and tested one by one.
+
+    Its metric is the mean over the parts of their accuracies, as LLM-Adapters reports it; the
+    accuracy of each part is measured as well.
+
+    Attributes:
+        train: `"hub"`, each part's own data set, or a folder of LLM-Adapters' files,
+            `NAME.train.json`.
+        test: Likewise, `NAME.test.json`.
+        parts: Names among `COMMONSENSE`; default: all eight.
+        max_train: Rows of all parts together, drawn at random; the same ones every time.
+        max_test: Rows of each part.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    train: str = "hub"
+    test: str = "hub"
+    parts: list[str] = field(default_factory=lambda: list(COMMONSENSE))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.parts:
+            if part not in COMMONSENSE:
+                raise DataError(f"parts: {part!r} is unknown; {nearest(part, COMMONSENSE)}")
+        if not self.parts:
+            raise DataError("parts: name at least one data set.")
+
+    def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
+        """Accuracy of each part, and their mean."""
+        right = self._right(model, rows)
+        found: dict[str, float] = {}
+        for part in self.parts:
+            hits = [hit for hit, row in zip(right, rows, strict=True) if row["part"] == part]
+            if hits:
+                found[f"accuracy_{part}"] = float(np.mean(hits))
+        return {"accuracy": float(np.mean(list(found.values())))} | found
+
+    def _rows(self) -> tuple[list[Row], list[Row]]:
+        train = [row for part in self.parts for row in self._part(part, self.train, "train")]
+        order = np.random.default_rng(0).permutation(len(train))
+        test: list[Row] = []
+        for part in self.parts:
+            rows = self._part(part, self.test, "test")
+            test += [rows[i] for i in evenly(len(rows), self.max_test)]
+        return [train[i] for i in order], test
+
+    def _test_rows(self, test: Sequence[Row]) -> list[Row]:
+        """Chosen part by part already."""
+        return list(test)
+
+    def _part(self, part: str, source: str, split: str) -> list[Row]:
+        known = COMMONSENSE[part]
+        if source == "hub":
+            name = known.train_split if split == "train" else known.test_split
+            rows = [known.instruct(row) for row in read_rows(known.hub_id, known.subset, name)]
+        else:
+            path = Path(source).expanduser() / f"{part}.{split}.json"
+            rows = read_rows(str(path), None, split)
+        return [dict(row) | {"part": part} for row in rows]
+
+    def _encode(self, row: Mapping[str, Any], processor: Any) -> Row:
+        return super()._encode(row, processor) | {"part": row["part"]}
+
+
+def candidate_likelihoods(model: nn.Module, candidates: Sequence[Row]) -> Tensor:
+    """Log-likelihoods of candidates, less one constant that they have in common, `(n,)`.
+
+    The tokens that all candidates begin with are run once, and their keys and values serve all:
+    several times less work than a pass of each. What they give the labels among them is the
+    constant.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        candidates: Rows of one question; they have at least one token in common and differ after.
+    """
+    device = next(model.parameters()).device
+    ids = [row["input_ids"] for row in candidates]
+    shared = _shared_length(ids)
+    rest = [torch.tensor(row[shared:], device=device) for row in ids]
+    labels = pad_sequence(
+        [torch.tensor(row["labels"][shared:], device=device) for row in candidates],
+        batch_first=True,
+        padding_value=IGNORED_LABEL,
+    )
+    with torch.no_grad():
+        start = model(input_ids=torch.tensor([ids[0][:shared]], device=device), use_cache=True)
+        logits = start.logits[:, -1:].float().expand(len(ids), -1, -1)
+        if labels.shape[1] > 1:
+            cache = start.past_key_values
+            cache.batch_repeat_interleave(len(ids))
+            inputs = pad_sequence(rest, batch_first=True)[:, :-1]
+            more = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+            logits = torch.cat([logits, more.float()], 1)
+    known = labels != IGNORED_LABEL
+    log_p = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    return (log_p * known).sum(1)
+
+
+def _shared_length(ids: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with, but never all of one."""
+    shortest = min(map(len, ids))
+    for place in range(shortest - 1):
+        if len({row[place] for row in ids}) > 1:
+            return place
+    return shortest - 1

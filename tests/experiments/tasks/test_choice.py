@@ -1,0 +1,220 @@
+import json
+
+import pytest
+import torch
+
+from rankwise.errors import DataError
+from rankwise.experiments.tasks import ChoiceTask, CommonsenseTask
+from rankwise.experiments.tasks.choice import candidate_likelihoods
+from rankwise.experiments.tasks.commonsense import COMMONSENSE
+from rankwise.profiling.loss import IGNORED_LABEL
+from tiny_folder import save_tiny_llama, write_rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("choice") / "model")
+
+
+def _choices(path, count):
+    rows = []
+    for i in range(count):
+        answer = f"answer{1 + i % 3}"
+        rows.append(
+            {
+                "instruction": f"choose {i}\n\nAnswer format: answer1/answer2/answer3",
+                "output": f"the correct answer is {answer}",
+                "answer": answer,
+            }
+        )
+    return write_rows(path, rows)
+
+
+class TestChoice:
+    @pytest.fixture
+    def task(self, folder, tmp_path):
+        path = str(_choices(tmp_path / "rows.jsonl", 12))
+        return ChoiceTask(model=str(folder), train=path, test=path, validation_rows=3)
+
+    def test_candidates_differ_in_their_answer_only(self, task):
+        row = task.load().test[1]
+        assert row["answer"] == 1
+        assert len(row["candidates"]) == 3
+        assert row["candidates"][1]["input_ids"] == row["input_ids"]
+
+    def test_accuracy_is_that_of_summed_log_likelihoods(self, task):
+        data, model = task.load(), task.load_model()
+        right = 0
+        for row in data.test:
+            scores = []
+            for candidate in row["candidates"]:
+                batch = data.collate([candidate])
+                labelled = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+                scores.append(-float(model(**batch).loss.detach()) * labelled)
+            right += int(torch.tensor(scores).argmax()) == row["answer"]
+        assert task.evaluate(model, data, data.test)["accuracy"] == right / len(data.test)
+        assert not model.training
+
+    def test_an_answer_outside_the_choices(self, folder, tmp_path):
+        rows = [{"instruction": "no format", "output": "x", "answer": "x"}] * 6
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        task = ChoiceTask(model=str(folder), train=path, test=path, validation_rows=2)
+        with pytest.raises(DataError, match="Answer format"):
+            task.load()
+
+    def test_likelihoods_are_those_of_whole_passes_less_a_constant(self, task):
+        data, model = task.load(), task.load_model().eval()
+        row = data.test[0]
+        whole = []
+        for candidate in row["candidates"]:
+            batch = data.collate([candidate])
+            labelled = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+            whole.append(-float(model(**batch).loss.detach()) * labelled)
+        found = candidate_likelihoods(model, row["candidates"])
+        expected = torch.tensor(whole)
+        torch.testing.assert_close(found - found[0], expected - expected[0], rtol=1e-4, atol=1e-4)
+        assert float((expected - expected[0]).abs().max()) > 0.01
+
+    def test_answers_of_several_lengths(self, task):
+        model = task.load_model().eval()
+        rows = [
+            {"input_ids": [5, 6, *more], "labels": [IGNORED_LABEL] * 2 + more}
+            for more in ([7], [8, 9, 10], [8, 11])
+        ]
+        found = candidate_likelihoods(model, rows)
+        for row, likelihood in zip(rows, found, strict=True):
+            ids = torch.tensor([row["input_ids"]])
+            log_p = model(ids).logits[0].detach().log_softmax(-1)
+            steps = [float(log_p[i - 1, ids[0, i]]) for i in range(2, ids.shape[1])]
+            assert float(likelihood) == pytest.approx(sum(steps), abs=1e-4)
+
+    def test_a_long_question_is_cut_alike_for_all(self, folder, tmp_path):
+        rows = [
+            {
+                "instruction": "why " * 60 + "\n\nAnswer format: a/bbbbbbbb",
+                "output": "the correct answer is a",
+                "answer": "a",
+            }
+        ] * 6
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        options = {"model": str(folder), "train": path, "test": path, "validation_rows": 2}
+        first, second = ChoiceTask(**options, max_length=64).load().test[0]["candidates"]
+        places = [row["labels"].count(IGNORED_LABEL) for row in (first, second)]
+        assert places[0] == places[1]
+        assert first["input_ids"][: places[0]] == second["input_ids"][: places[0]]
+        assert len(second["input_ids"]) == 64 > len(first["input_ids"])
+        with pytest.raises(DataError, match="max_length=8"):
+            ChoiceTask(**options, max_length=8).load()
+
+
+def _answer(text):
+    return {"instruction": text, "output": "the correct answer is answer2", "answer": "answer2"}
+
+
+class TestCommonsense:
+    @pytest.fixture
+    def task(self, folder, tmp_path):
+        for part, count in (("boolq", 9), ("openbookqa", 6)):
+            for split in ("train", "test"):
+                rows = [
+                    _answer(f"{part} {i}\n\nAnswer format: answer1/answer2") for i in range(count)
+                ]
+                (tmp_path / f"{part}.{split}.json").write_text(json.dumps(rows))
+        return CommonsenseTask(
+            model=str(folder),
+            train=str(tmp_path),
+            test=str(tmp_path),
+            parts=["boolq", "openbookqa"],
+            validation_rows=3,
+            max_train=8,
+            max_test=4,
+        )
+
+    def test_parts_are_mixed_to_train_on_and_tested_alike(self, task):
+        data = task.load()
+        assert len(data.train) == 8
+        assert {row["part"] for row in data.train} == {"boolq", "openbookqa"}
+        assert [row["part"] for row in data.test] == ["boolq"] * 4 + ["openbookqa"] * 4
+
+    def test_its_accuracy_is_the_mean_of_the_parts(self, task, monkeypatch):
+        data = task.load()
+        right = [True, False, False, False, True, True, True, False]
+        monkeypatch.setattr(CommonsenseTask, "_right", lambda *args: right)
+        found = task.evaluate(None, data, data.test)
+        assert found == {
+            "accuracy": 0.5,
+            "accuracy_boolq": 0.25,
+            "accuracy_openbookqa": 0.75,
+        }
+
+    def test_an_unknown_part(self):
+        with pytest.raises(DataError, match="'boolq'"):
+            CommonsenseTask(model="m", parts=["bolq"])
+
+
+HUB_ROWS = {
+    "boolq": {"question": "is it so", "passage": "p", "answer": False},
+    "piqa": {"goal": "sit", "sol1": "a chair", "sol2": "a wall", "label": 1},
+    "social_i_qa": {
+        "context": "Al ran.",
+        "question": "Why?",
+        "answerA": "x",
+        "answerB": "y",
+        "answerC": "z",
+        "label": "2",
+    },
+    "hellaswag": {
+        "activity_label": "Home",
+        "ctx": "[header] A man [title] sits",
+        "endings": ["a", "b", "c", "d"],
+        "label": "1",
+    },
+    "winogrande": {"sentence": "The _ fell.", "option1": "cup", "option2": "tree", "answer": "2"},
+    "ARC-Easy": {
+        "question": "What?",
+        "choices": {"text": ["u", "v"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+    "ARC-Challenge": {
+        "question": "What?",
+        "choices": {"text": ["u", "v"], "label": ["1", "2"]},
+        "answerKey": "2",
+    },
+    "openbookqa": {
+        "question_stem": "What?",
+        "choices": {"text": ["u", "v"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+}
+
+
+@pytest.mark.parametrize("part", COMMONSENSE)
+def test_hub_rows_become_instructions(part):
+    made = COMMONSENSE[part].instruct(HUB_ROWS[part])
+    formats = made["instruction"].rpartition("Answer format: ")[2].split("/")
+    assert made["answer"] == formats[1]  # every sample's second answer is right
+    assert made["output"] == f"the correct answer is {formats[1]}"
+
+
+def test_the_wording_is_that_of_llm_adapters():
+    made = COMMONSENSE["openbookqa"].instruct(
+        {
+            "question_stem": "The sun is responsible for",
+            "choices": {
+                "text": ["puppies learning new tricks", "flowers wilting in a vase"],
+                "label": ["A", "B"],
+            },
+            "answerKey": "A",
+        }
+    )
+    assert made["instruction"] == (
+        "Please choose the correct answer to the question: The sun is responsible for\n\n"
+        "Answer1: puppies learning new tricks Answer2: flowers wilting in a vase\n\n"
+        "Answer format: answer1/answer2"
+    )
+
+
+def test_a_key_that_is_no_choice():
+    row = HUB_ROWS["ARC-Easy"] | {"answerKey": "E"}
+    with pytest.raises(DataError, match="'E'"):
+        COMMONSENSE["ARC-Easy"].instruct(row)

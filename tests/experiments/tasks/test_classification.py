@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from rankwise.errors import DataError
+from rankwise.experiments.tasks import AcceptabilityTask, ClassificationTask, GlueTask
+from rankwise.experiments.tasks.glue import GLUE
+from tiny_folder import save_tiny_llama, write_rows
+from tiny_models import bert_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("classification") / "model")
+
+
+class TestClassification:
+    @pytest.fixture
+    def encoder(self, folder, tmp_path):
+        from transformers import AutoTokenizer, BertModel
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(tmp_path / "bert")
+        BertModel(bert_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "bert")
+        return str(tmp_path / "bert")
+
+    @pytest.mark.parametrize("columns", [2, 4])
+    def test_tab_separated_files(self, encoder, tmp_path, columns):
+        lines = [f"a sentence {i}\t{i % 2}" for i in range(10)]
+        if columns == 4:
+            lines = [f"src\t{i % 2}\t\ta sentence {i}" for i in range(10)]
+        path = tmp_path / "rows.tsv"
+        path.write_text("\n".join(lines) + "\n")
+        task = ClassificationTask(model=encoder, train=str(path), test=str(path), validation_rows=3)
+        data = task.load()
+        assert [row["labels"] for row in data.test] == [i % 2 for i in range(10)]
+        model = task.load_model()
+        found = task.evaluate(model, data, data.test)
+        logits = model(**{k: v for k, v in data.collate(data.test).items() if k != "labels"}).logits
+        hits = logits.argmax(-1) == torch.tensor([row["labels"] for row in data.test])
+        assert found["accuracy"] == pytest.approx(float(hits.float().mean()))
+
+    def test_a_broken_line_is_named(self, encoder, tmp_path):
+        path = tmp_path / "rows.tsv"
+        path.write_text("fine\t1\nbroken\n")
+        task = AcceptabilityTask(model=encoder, train=str(path), test=str(path))
+        with pytest.raises(DataError, match="line 2"):
+            task.load()
+
+
+def _glue_rows(name, count=10):
+    first, second = GLUE[name].columns
+    return [
+        {first: f"it is {i}", "label": i % GLUE[name].labels if name != "stsb" else i / 2}
+        | ({second: f"and so {i}"} if second else {})
+        for i in range(count)
+    ]
+
+
+class TestGlue:
+    @pytest.fixture
+    def encoder(self, folder, tmp_path):
+        from transformers import AutoTokenizer, BertModel
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(tmp_path / "bert")
+        BertModel(bert_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "bert")
+        return str(tmp_path / "bert")
+
+    @pytest.mark.parametrize("name", GLUE)
+    def test_every_task_is_read_and_its_metric_measured(self, encoder, tmp_path, name):
+        path = str(write_rows(tmp_path / "rows.jsonl", _glue_rows(name)))
+        task = GlueTask(model=encoder, train=path, test=path, subset=name, validation_rows=3)
+        data, model = task.load(), task.load_model()
+        assert model.config.num_labels == GLUE[name].labels
+        loss = model(**data.collate(data.train)).loss
+        assert torch.isfinite(loss)
+        found = task.evaluate(model, data, data.test)
+        assert task.metric == GLUE[name].metric
+        assert -1 <= found[task.metric] <= 1
+
+    def test_pairs_are_two_texts(self, encoder, tmp_path):
+        path = str(write_rows(tmp_path / "rows.jsonl", _glue_rows("mrpc")))
+        options = {"model": encoder, "train": path, "test": path, "validation_rows": 3}
+        pair = GlueTask(**options, subset="mrpc").load().test[0]["input_ids"]
+        single = ClassificationTask(**options, text_column="sentence1").load().test[0]["input_ids"]
+        assert pair[: len(single)] == single
+        assert len(pair) > len(single)
+
+    def test_mnli_is_tested_on_the_matched_part(self):
+        assert GlueTask(model="m", subset="mnli").test_split == "validation_matched"
+        assert GlueTask(model="m", subset="rte").test_split == "validation"
+
+    def test_another_metric_may_count(self):
+        assert GlueTask(model="m", subset="cola", metric="accuracy").metric == "accuracy"
+
+    def test_an_unknown_task(self):
+        with pytest.raises(DataError, match="'mrpc'"):
+            GlueTask(model="m", subset="mrcp")
+
+    def test_a_hidden_label_is_refused(self, encoder, tmp_path):
+        rows = [{"sentence": "x", "label": -1}] * 9
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        task = GlueTask(model=encoder, train=path, test=path, subset="cola", validation_rows=3)
+        with pytest.raises(DataError, match="-1"):
+            task.load()
