@@ -253,6 +253,7 @@ class TestOptions:
             "water-fill",
             "ralora",
             "ralora-pro",
+            "ralora-threshold",
             "compose",
         ]
         assert not Lora.needs_profile

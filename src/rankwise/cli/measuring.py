@@ -106,7 +106,8 @@ def plan(
     method: Annotated[
         str,
         typer.Option(
-            help="lora, lora-gid, ls-lora, gard, water-fill, ralora, ralora-pro or compose."
+            help="lora, lora-gid, ls-lora, gard, water-fill, ralora, ralora-pro, ralora-threshold "
+            "or compose."
         ),
     ] = "ralora-pro",
     out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,

@@ -10,6 +10,7 @@
 | `RaLora` | mean gradient | effective rank | uniform rank, blocks by GID | block-diagonal |
 | `RaLoraPro` | both | effective rank | ranks by sensitivity, blocks by GID | block-diagonal |
 
+`RaLoraThreshold` is RaLoRA by counted singular values, the baseline of its paper's table 7.
 `Compose` puts together any statistic, estimator, rule and adapter, among them the controls depth,
 gradient norm and random.
 
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 
 from rankwise.methods.base import Method
 from rankwise.methods.compose import Compose
+from rankwise.methods.counted import RaLoraThreshold
 from rankwise.methods.sensitivity import LsLora, RaLoraPro
 from rankwise.methods.spectral import Gard, LoraGid, WaterFill
 from rankwise.methods.uniform import Lora, RaLora
@@ -36,10 +38,22 @@ __all__ = [
     "Method",
     "RaLora",
     "RaLoraPro",
+    "RaLoraThreshold",
     "WaterFill",
 ]
 
 METHODS: Mapping[str, type[Method]] = {
-    cls.name: cls for cls in (Lora, LoraGid, LsLora, Gard, WaterFill, RaLora, RaLoraPro, Compose)
+    cls.name: cls
+    for cls in (
+        Lora,
+        LoraGid,
+        LsLora,
+        Gard,
+        WaterFill,
+        RaLora,
+        RaLoraPro,
+        RaLoraThreshold,
+        Compose,
+    )
 }
 """Every method by the name the configuration files use."""

@@ -57,11 +57,12 @@ def options(folder, tmp_path):
         "validation_rows": 3,
         "benchmarks": ["humaneval", "piqa"],
         "metric": "humaneval/pass@1,create_test",
+        "run_code": True,
     }
 
 
 def test_figures_are_named_as_the_harness_names_them(options, harness):
-    task = BenchmarkTask(**options, run_code=True, limit=5)
+    task = BenchmarkTask(**options, limit=5)
     data, model = task.load(), task.load_model().train()
     found = task.evaluate_test(model, data)
     assert found == {"humaneval/pass@1,create_test": 0.25, "piqa/acc,none": 0.5}
@@ -79,20 +80,26 @@ def test_learning_rates_are_chosen_by_the_loss(options, harness):
 
 
 def test_test_rows_are_measured_as_well(options, harness):
-    task = BenchmarkTask(**options, test=options["train"], run_code=True)
+    task = BenchmarkTask(**options, test=options["train"])
     data, model = task.load(), task.load_model()
     found = task.evaluate_test(model, data)
     assert found["loss"] == task.evaluate(model, data, data.test)["loss"]
 
 
-def test_code_is_run_only_if_that_is_asked_for(options, harness):
-    task = BenchmarkTask(**options)
-    with pytest.raises(DataError, match="see run_code"):
+def test_code_is_run_only_if_that_is_asked_for(options):
+    with pytest.raises(DataError, match="run_code: true"):
+        BenchmarkTask(**options | {"run_code": False})
+
+
+def test_what_the_harness_refuses_is_explained(options, harness):
+    other = {"benchmarks": ["piqa"], "metric": "piqa/acc,none", "run_code": False}
+    task = BenchmarkTask(**options | other)
+    with pytest.raises(DataError, match=r"marked as unsafe.*see run_code"):
         task.evaluate_test(task.load_model(), task.load())
 
 
 def test_a_metric_that_was_not_measured(options, harness):
-    task = BenchmarkTask(**options | {"metric": "piqa/accuracy"}, run_code=True)
+    task = BenchmarkTask(**options | {"metric": "piqa/accuracy"})
     with pytest.raises(DataError, match="acc,none"):
         task.evaluate_test(task.load_model(), task.load())
 

@@ -88,6 +88,20 @@ class TestCompletion:
         assert len(row["input_ids"]) == 16
         assert row["labels"][-1] == row["input_ids"][-1] != IGNORED_LABEL
 
+    def test_blank_rows_of_plain_text_are_left_out(self, folder, tmp_path):
+        texts = ["one", "", "two", "  ", "three", "four"]
+        path = str(write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts]))
+        task = CompletionTask(
+            model=str(folder),
+            train=path,
+            test=path,
+            prompt_column="",
+            completion_column="text",
+            validation_rows=1,
+        )
+        data = task.load()
+        assert (len(data.train), len(data.test)) == (3, 4)
+
 
 class TestMath:
     @pytest.fixture

@@ -212,6 +212,21 @@ class TestClip:
         weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
         assert float(weight.grad.abs().sum()) > 0
 
+    def test_names_of_a_hub_data_set(self, clip, monkeypatch):
+        import datasets
+
+        label = datasets.ClassLabel(names=["red_fox", "owl", "bee"])
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        pixels = [np.zeros((4, 4, 3), np.uint8)] * 3
+        made = datasets.Dataset.from_dict({"image": pixels, "label": [0, 1, 2]}, features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: made)
+        options = {"model": clip, "train": "some/set", "test": "some/set"}
+        given = ClipTask(**options, names=["bee", "red fox"]).load_model()
+        found = ClipTask(**options, classes=[2, 0]).load_model()
+        torch.testing.assert_close(found.prompts, given.prompts)
+        with pytest.raises(DataError, match="labels=4"):
+            ClipTask(**options, labels=4).load_model()
+
     def test_names_and_template(self, clip):
         with pytest.raises(DataError, match="2 for 3 classes"):
             ClipTask(model=clip, train="a", test="b", classes=[0, 1, 2], names=["x", "y"])

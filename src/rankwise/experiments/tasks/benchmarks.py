@@ -14,6 +14,8 @@ from rankwise.experiments.tasks.base import TaskData
 from rankwise.experiments.tasks.language import CompletionTask
 from rankwise.experiments.tasks.reading import Row, read_rows
 
+_RUNNING_CODE = ("humaneval", "mbpp")
+
 
 @dataclass(frozen=True)
 class BenchmarkTask(CompletionTask):
@@ -40,6 +42,12 @@ class BenchmarkTask(CompletionTask):
     run_code: bool = False
 
     def __post_init__(self) -> None:
+        running = [name for name in self.benchmarks if name.startswith(_RUNNING_CODE)]
+        if running and not self.run_code:
+            raise DataError(
+                f"benchmarks: {', '.join(running)} runs what the model writes, on this machine and "
+                "without a sandbox; say run_code: true if that is meant."
+            )
         if self.metric.partition("/")[0] not in self.benchmarks:
             super().__post_init__()
         if not self.test and self.metric in self.metrics:

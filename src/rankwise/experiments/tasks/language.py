@@ -28,7 +28,7 @@ class CompletionTask(Task):
     """Causal language modelling of a completion after its prompt; the metric is held-out loss.
 
     Attributes:
-        prompt_column: Read, not learned; empty for plain text.
+        prompt_column: Read, not learned; empty for plain text, whose blank rows are left out.
         completion_column: Learned.
         test_prompt_column: Of the test part, if it has other columns.
         test_completion_column: Likewise.
@@ -59,14 +59,26 @@ class CompletionTask(Task):
         found = held_out_loss(model, data.batches(rows, 16), step=0)
         return {"loss": found.loss, "perplexity": found.perplexity}
 
+    def _rows(self) -> tuple[list[Row], list[Row]]:
+        parts = super()._rows()
+        if self.prompt_column:
+            return parts
+        train, test = (
+            [row for row in part if str(row.get(column, "")).strip()]
+            for part, column in zip(parts, (self.completion_column, self._test_column), strict=True)
+        )
+        return train, test
+
+    @property
+    def _test_column(self) -> str:
+        return self.test_completion_column or self.completion_column
+
     def _encode(self, row: Mapping[str, Any], processor: Any) -> Row:
         return self._prompted(row, self.prompt_column, self.completion_column, processor)
 
     def _encode_test(self, row: Mapping[str, Any], processor: Any) -> Row:
         prompt = self.prompt_column if self.test_prompt_column is None else self.test_prompt_column
-        return self._prompted(
-            row, prompt, self.test_completion_column or self.completion_column, processor
-        )
+        return self._prompted(row, prompt, self._test_column, processor)
 
     def _prompted(self, row: Mapping[str, Any], prompt: str, completion: str, tokens: Any) -> Row:
         before = text_of(row, prompt) + "\n" if prompt else ""

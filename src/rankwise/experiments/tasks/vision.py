@@ -140,7 +140,8 @@ class ClipTask(ImageTask):
 
     Attributes:
         template: A prompt, `{}` standing for the name of a class.
-        names: Names of the classes in the labels' order.
+        names: Names of the classes in the labels' order; default: those of the hub data set, with
+            spaces for underscores.
     """
 
     keep: ClassVar[tuple[str, ...]] = ()
@@ -152,7 +153,7 @@ class ClipTask(ImageTask):
         if not self.labels and not self.classes:
             object.__setattr__(self, "labels", len(self.names))
         super().__post_init__()
-        if len(self.names) != self.labels:
+        if self.names and len(self.names) != self.labels:
             raise DataError(f"names: {len(self.names)} for {self.labels} classes.")
         if "{}" not in self.template:
             raise DataError(f"template={self.template!r} needs a {{}} for the name of a class.")
@@ -160,7 +161,7 @@ class ClipTask(ImageTask):
     def load_model(self) -> PreTrainedModel:
         """CLIP's vision tower, and the features of the prompts as a buffer."""
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        prompts = [self.template.format(name) for name in self.names]
+        prompts = [self.template.format(name) for name in self.names or self._hub_names()]
         whole = CLIPModel.from_pretrained(self.model, dtype=torch.float32).eval()
         with torch.no_grad():
             pooled = whole.text_model(**tokenizer(prompts, padding=True, return_tensors="pt"))
@@ -173,6 +174,17 @@ class ClipTask(ImageTask):
         """From its configuration alone; it knows no prompts."""
         assert isinstance(config, CLIPConfig)
         return ClipForPrompts(config)
+
+    def _hub_names(self) -> list[str]:
+        """The names that the data set has for its labels, of `classes` only if there are any."""
+        features = load_rows(self.train, self.subset, self.train_split).features
+        names = getattr(features.get(self.label_column), "names", None)
+        if names is None:
+            raise DataError(f"{self.train}: has no names for its labels; give names=.")
+        chosen = [names[i] for i in self.classes] if self.classes else list(names)
+        if len(chosen) != self.labels:
+            raise DataError(f"{self.train}: names {len(chosen)} classes; labels={self.labels}.")
+        return [name.replace("_", " ") for name in chosen]
 
 
 def _stored(image: Any) -> bytes:
