@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ def candidate_likelihoods(model: nn.Module, candidates: Sequence[Row]) -> Tensor
         padding_value=IGNORED_LABEL,
     )
     with torch.no_grad():
-        start = model(input_ids=torch.tensor([ids[0][:shared]], device=device), use_cache=True)
+        prefix = torch.tensor([ids[0][:shared]], device=device)
+        start = model(input_ids=prefix, use_cache=True, **_last_logits(model))
         logits = start.logits[:, -1:].float().expand(len(ids), -1, -1)
         if labels.shape[1] > 1:
             cache = start.past_key_values
@@ -185,6 +187,12 @@ def candidate_likelihoods(model: nn.Module, candidates: Sequence[Row]) -> Tensor
     known = labels != IGNORED_LABEL
     log_p = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     return (log_p * known).sum(1)
+
+
+def _last_logits(model: nn.Module) -> dict[str, int]:
+    """Asks for the last token's logits alone, of models that can be asked."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
 
 def _shared_length(ids: Sequence[Sequence[int]]) -> int:
