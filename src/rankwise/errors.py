@@ -46,6 +46,10 @@ class DataError(RankwiseError, ValueError):
     """A data set is missing, empty, or lacks the columns training needs."""
 
 
+class DivergenceError(DataError):
+    """A loss is no longer finite: training diverged, or the data or the weights are broken."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """How a message ends: the known name closest to a misspelt one, or all of them."""
     names = sorted(known)

@@ -30,6 +30,9 @@ from rankwise.targets import Targets, find_targets
 PROFILES = "profiles"
 """Folder of the profiles in an experiment's output."""
 
+GROUPED = 16
+"""Batches that are sorted by length together, where that is asked for."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -105,7 +108,7 @@ class Bench:
         """The first training batches of a seed, of the size that profiles are made of."""
         size = task.profile.batch_size or task.training.batch_size
         data = self.data(task).data
-        batches = training_batches(data, size, seed)
+        batches = training_batches(data, size, seed, grouped=task.training.group_by_length)
         return [on_device(next(batches), self.device) for _ in range(count)]
 
     def profile(self, cell: Cell) -> GradientProfile | None:
@@ -133,15 +136,31 @@ class Bench:
         return GradientProfile.load(folder)
 
 
-def training_batches(data: TaskData, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches without end: one shuffled pass over the rows after the other, by the seed alone."""
+def training_batches(
+    data: TaskData, size: int, seed: int, *, grouped: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Batches without end: one shuffled pass over the rows after the other, by the seed alone.
+
+    Args:
+        data: The task's data.
+        size: Rows in a batch.
+        seed: Of the order.
+        grouped: Sort the rows of every `GROUPED` batches by length before they are divided, and
+            shuffle these batches: less padding, for batches that are a little less random.
+    """
     generator = torch.Generator().manual_seed(seed)
+    window = size * GROUPED if grouped else size
     waiting: list[int] = []
     while True:
-        while len(waiting) < size:
+        while len(waiting) < window:
             waiting += torch.randperm(len(data.train), generator=generator).tolist()
-        yield data.collate([data.train[i] for i in waiting[:size]])
-        del waiting[:size]
+        taken, waiting = waiting[:window], waiting[window:]
+        order = [0]
+        if grouped:
+            taken.sort(key=lambda i: _length(data.train[i]))
+            order = torch.randperm(GROUPED, generator=generator).tolist()
+        for place in order:
+            yield data.collate([data.train[i] for i in taken[place * size : (place + 1) * size]])
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -165,19 +184,26 @@ def _quiet_loading() -> Iterator[None]:
 
 def _profile_name(cell: Cell, statistics: Sequence[str], batches: int) -> str:
     task = cell.task
-    settings = {
+    settings: dict[str, Any] = {
         "task": {"kind": task.kind, **task.options},
         "targets": task.targets,
         "seed": cell.seed,
         "batch_size": task.profile.batch_size or task.training.batch_size,
     }
+    if task.training.group_by_length:
+        settings["group_by_length"] = True
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     measured = "+".join(statistics)
     return f"{task.name}--seed{cell.seed}--{measured}-{batches}.{digest.hexdigest()[:12]}"
 
 
 def _by_length(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: len(row.get("input_ids", ())))
+    return sorted(rows, key=_length)
+
+
+def _length(row: Row) -> int:
+    """Tokens of a row; 0 for what has none, such as images."""
+    return len(row.get("input_ids", ()))
 
 
 def _fingerprint(data: TaskData) -> str:

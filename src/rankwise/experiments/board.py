@@ -74,7 +74,7 @@ class Board:
         grid, cells = group.grid, group.search
         if not cells:
             return Choice(grid[0] if grid else None, True, False, {})
-        sign = 1.0 if group.task.task.lower_is_better else -1.0
+        sign = 1.0 if group.task.search_lower_is_better else -1.0
         scores: dict[float, list[float]] = {rate: [] for rate in grid}
         for cell in cells:
             record = self.record(cell)
@@ -90,10 +90,15 @@ class Board:
         best = min(usable, key=lambda rate: (sign * means[rate], rate))
         return Choice(best, True, best in (grid[0], grid[-1]), means)
 
+    def is_hopeless(self, group: Group) -> bool:
+        """Whether the search is over and no learning rate of the grid works."""
+        choice = self.choice(group)
+        return choice.final and choice.rate is None and bool(group.grid)
+
     def finals(self, group: Group) -> list[Cell]:
         """The cells that are compared, if the learning rate is known."""
         choice = self.choice(group)
-        if not choice.final or (choice.rate is None and group.grid):
+        if not choice.final or self.is_hopeless(group):
             return []
         key = id(group), choice.rate
         if key not in self._finals:
@@ -117,7 +122,10 @@ class Board:
 
     def total(self) -> int:
         """How many cells there are, those whose learning rate is not known yet included."""
-        return sum(len(group.search) + len(group.seeds) for group in self.groups)
+        return sum(
+            len(group.search) + (0 if self.is_hopeless(group) else len(group.seeds))
+            for group in self.groups
+        )
 
     def records(self) -> list[CellRecord]:
         """The finished cells."""

@@ -40,6 +40,13 @@ class SizeRecord:
     smallest: int
     largest: int
 
+    def __str__(self) -> str:
+        size = str(self.smallest)
+        if self.largest > self.smallest:
+            size += f"-{self.largest}"
+        off = self.parameters / self.budget - 1
+        return f"size {size}, {self.parameters:,} parameters ({off:+.1%} of the budget)"
+
 
 @dataclass(frozen=True)
 class EvaluationRecord:
@@ -80,8 +87,8 @@ class CellRecord:
         train_loss: Steps and the mean loss since the entry before.
         diverged_at: Step at which the loss was no longer finite, and the run was given up.
         tokens: Tokens trained on, padding excluded; rows where rows are not tokens.
-        seconds: `load` (model and data, 0 where they were there), `profile` (of the measurement,
-            also where it was shared), `prepare` (plan, adapters), `train`, `evaluate`.
+        seconds: `load` (model and data) and `profile`, as they took when they were made, also where
+            several cells share them; `prepare` (plan, adapters), `train`, `evaluate`.
         peak_memory_mib: Of the process while this cell ran, or of the GPU; None if unknown.
         memory_before_mib: Memory in use before it: the interpreter, the data, the base model.
         model: Folder name or hub id.

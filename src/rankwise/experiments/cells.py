@@ -52,7 +52,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON can hold it."""
         task = self.task
-        training = task.training.model_dump(mode="json")
+        training = task.training.hashed()
         if self.phase == "search":
             training |= {"steps": self.steps}
         return {

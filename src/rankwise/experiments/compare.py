@@ -236,7 +236,8 @@ class _Watch:
             outcome = f"diverged at step {record.diverged_at}"
         else:
             outcome = f"{record.metric} {record.value:.4f}"
-        self.notify(f"{self.progress()}: {cell.name}: {outcome} ({seconds:.0f} s)")
+        size = "" if record.size is None else f", {record.size}"
+        self.notify(f"{self.progress()}: {cell.name}: {outcome}{size} ({seconds:.0f} s)")
 
 
 def choose_device(name: str) -> torch.device:

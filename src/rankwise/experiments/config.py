@@ -42,6 +42,9 @@ class TrainingSettings(_Section):
     steps: int = Field(default=200, ge=1, description="optimizer steps")
     batch_size: int = Field(default=16, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
+    group_by_length: bool = Field(
+        default=False, description="batches of rows that are about as long, to pad less"
+    )
     scheduler: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="cosine falls to 10 % of the learning rate, linear to 0"
     )
@@ -54,6 +57,13 @@ class TrainingSettings(_Section):
     evaluations: int = Field(
         default=4, ge=1, description="evaluations on the validation part, evenly spread"
     )
+
+    def hashed(self) -> dict[str, Any]:
+        """What decides a result; a setting that came later counts only where it is used."""
+        settings = self.model_dump(mode="json")
+        if not self.group_by_length:
+            del settings["group_by_length"]
+        return settings
 
 
 class ProfileSettings(_Section):
@@ -73,8 +83,12 @@ class SelectionSettings(_Section):
 class ReferenceSettings(_Section):
     """What everything is compared with."""
 
-    method: str = Field(default="lora", description="label of a method of this file")
-    rank: int = Field(default=8, ge=1, description="its budget, where parameters are counted")
+    method: str | None = Field(
+        default=None, description="label of a method; default: lora, or else the first"
+    )
+    rank: int | None = Field(
+        default=None, description="budget of the result to be reached; default: 8, or the largest"
+    )
 
 
 class ExperimentConfig(_Section):
@@ -112,8 +126,14 @@ class ExperimentConfig(_Section):
 
     @model_validator(mode="after")
     def _parts_are_known(self) -> ExperimentConfig:
-        self.make_methods()
-        self.make_tasks()
+        labels = [entry.label for entry in self.make_methods()]
+        if self.reference.method not in (None, *labels):
+            hint = nearest(str(self.reference.method), labels)
+            raise ConfigError(f"reference.method={self.reference.method!r}: {hint}")
+        budgets = {rank for task in self.make_tasks() for rank in task.budgets}
+        if self.reference.rank not in (None, *budgets):
+            known = ", ".join(map(str, sorted(budgets)))
+            raise ConfigError(f"reference.rank={self.reference.rank} is no budget; known: {known}.")
         shared = sorted(set(self.seeds) & set(self.selection.seeds))
         if shared and self.searches:
             raise ConfigError(
@@ -121,6 +141,21 @@ class ExperimentConfig(_Section):
                 "other seeds than those that are compared."
             )
         return self
+
+    @property
+    def reference_label(self) -> str:
+        """The label that the others are compared with."""
+        labels = [entry.label for entry in self.make_methods()]
+        if self.reference.method is not None:
+            return self.reference.method
+        return "lora" if "lora" in labels else labels[0]
+
+    def reference_rank(self, budgets: Sequence[int]) -> int:
+        """The budget whose result of the reference is to be reached, of a task's budgets."""
+        named = self.reference.rank
+        if named is not None and named in budgets:
+            return named
+        return 8 if 8 in budgets else max(budgets)
 
     @property
     def searches(self) -> bool:
@@ -208,6 +243,13 @@ class TaskSpec:
     targets: str | list[str]
     learning_rates: list[float]
     budgets: list[int]
+
+    @property
+    def search_lower_is_better(self) -> bool:
+        """Direction of the metric that learning rates are chosen by."""
+        if self.task.search_metric == self.task.metric:
+            return self.task.lower_is_better
+        return self.task.search_metric in ("loss", "perplexity")
 
 
 def load_experiment(

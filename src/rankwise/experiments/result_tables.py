@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-from rankwise.experiments.results import Results, Row
+from rankwise.experiments.results import RESULTS_FILE, TABLE_FILE, Pooled, Results
+from rankwise.experiments.rows import Row
 from rankwise.experiments.statistics import Comparison, Summary
+from rankwise.experiments.trade import describe
+from rankwise.files import write_text
 from rankwise.tables import make_table, markdown_table, render
 
 COLUMNS = (
@@ -43,6 +47,7 @@ def terminal_table(results: Results) -> str:
         columns = [column.format(reference=results.reference) for column in COLUMNS]
         table = make_table(columns, [_cells(row) for row in rows], title=_title(rows))
         parts += [render(table), *(f"  {line}" for line in _remarks(rows)), ""]
+    parts += [line.lstrip("#- ") for line in _trade_section(results) if line]
     return "\n".join([*parts, _foot(results)])
 
 
@@ -54,8 +59,24 @@ def markdown(results: Results) -> str:
         columns = [column.format(reference=results.reference) for column in COLUMNS]
         lines += ["", f"## {_title(rows)}", "", markdown_table(columns, map(_cells, rows))]
         lines += ["", *(f"- {line}" for line in _remarks(rows))]
-    lines += _rank_section(results) + _rate_section(results)
+    lines += (
+        _pooled_section(results)
+        + _rank_section(results)
+        + _trade_section(results)
+        + _rate_section(results)
+    )
     return "\n".join(lines).rstrip() + "\n"
+
+
+def save_results(results: Results, folder: Path) -> tuple[Path, Path]:
+    """Write `results.md` and `results.json`; returns both paths.
+
+    Raises:
+        FileError: They cannot be written.
+    """
+    write_text(folder / TABLE_FILE, markdown(results))
+    results.save(folder)
+    return folder / TABLE_FILE, folder / RESULTS_FILE
 
 
 def _tables(results: Results) -> list[tuple[str, int]]:
@@ -137,12 +158,45 @@ def _foot(results: Results) -> str:
     )
 
 
+def _pooled_section(results: Results) -> list[str]:
+    lines: list[str] = []
+    for rank, metric in dict.fromkeys((p.rank, p.metric) for p in results.pooled):
+        found = [p for p in results.pooled if (p.rank, p.metric) == (rank, metric)]
+        tasks = ", ".join(found[0].tasks)
+        columns = ["method", f"against {results.reference}", "95 % interval", *COLUMNS[8:11]]
+        table = [[p.against.method, *_comparison_cells(p.against)] for p in found]
+        lines += ["", f"## {metric} over {tasks}, paired by task and seed, r = {rank}", ""]
+        lines.append(markdown_table([*columns, "won"], _with_wins(table, found)))
+    return lines
+
+
+def _with_wins(table: list[list[str]], found: Sequence[Pooled]) -> list[list[str]]:
+    wins = [f"{p.against.wins} of {p.against.difference.count}" for p in found]
+    return [[*row, won] for row, won in zip(table, wins, strict=True)]
+
+
 def _rank_section(results: Results) -> list[str]:
     lines: list[str] = []
     for rank, methods in results.mean_ranks.items():
         ordered = sorted(methods.items(), key=lambda item: item[1])
         lines += ["", f"## Mean rank over tasks and seeds, budget of LoRA r = {rank}", ""]
         lines.append(markdown_table(["method", "rank"], [(m, f"{v:.2f}") for m, v in ordered]))
+    return lines
+
+
+def _trade_section(results: Results) -> list[str]:
+    """The one number: parameters for the reference's result."""
+    lines: list[str] = []
+    for task in dict.fromkeys(found.task for found in results.trades):
+        trades = [found for found in results.trades if found.task == task]
+        first = trades[0]
+        lines += [
+            "",
+            f"## {task}: parameters for the result of {first.reference} at "
+            f"r = {first.reference_rank} ({first.target:.4f} with {first.reference_parameters:,})",
+            "",
+            *(f"- {describe(found)}" for found in trades),
+        ]
     return lines
 
 

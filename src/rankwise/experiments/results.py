@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rankwise.errors import ConfigError
-from rankwise.experiments.board import Board, Choice
+from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
-from rankwise.experiments.cells import Group
-from rankwise.experiments.config import TaskSpec
-from rankwise.experiments.statistics import (
-    Comparison,
-    Summary,
-    compare_with,
-    holm,
-    mean_ranks,
-    summarise,
-)
+from rankwise.experiments.config import ExperimentConfig
+from rankwise.experiments.rows import Row, task_rows
+from rankwise.experiments.statistics import Comparison, compare_with, holm, mean_ranks
+from rankwise.experiments.trade import Curve, Trade, trade
 from rankwise.files import write_text
 
 SCHEMA_VERSION = 1
@@ -30,68 +23,20 @@ RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method at one task and budget.
+class Pooled:
+    """A method against the reference over several tasks.
 
     Attributes:
-        task: Name of the task.
-        metric: The task's metric.
-        lower_is_better: Whether a smaller one is better.
-        rank: LoRA rank whose parameters are the budget.
-        label: The method as the experiment calls it.
-        method: Name of the method.
-        ours: Whether it is this project's or the papers' own.
-        budget: The budget in parameters; None before a record is there.
-        parameters: Trainable parameters of the adapters, the largest of the seeds'.
-        matched: Whether all seeds lie within 2 % of the budget; None where no budget applies.
-        trainable: What the optimizer updates, heads not counted.
-        learning_rate: Chosen or fixed; None while the search goes on, or where nothing is trained.
-        at_edge: Whether the chosen rate is the grid's smallest or largest.
-        rates: Learning rate -> mean validation metric of the search; None where a run diverged.
-        values: Seed -> metric on the test part.
-        others: Name of another metric -> seed -> value.
-        summary: Of `values`; None without any.
-        curve: Steps, and the mean of the validation metric over the seeds.
-        against: Compared with the reference method of the same budget; None for itself.
-        holm_all: p of the t-test corrected for all comparisons of the experiment.
-        wanted: How many seeds there are to be.
-        diverged: Seeds whose training diverged.
-        failed: Seed or search -> error.
-        seconds: Mean of a run's `prepare`, `train`, `evaluate`, and of its `profile`.
-        peak_memory_mib: Largest of the seeds'.
-        tokens: Trained on in a run.
-        steps: Optimizer steps.
-        status: `"finished"`, `"running"`, or why there is nothing.
+        rank: Budget.
+        metric: What the tasks have in common.
+        tasks: Their names.
+        against: The comparison; its pairs are tasks and seeds.
     """
 
-    task: str
-    metric: str
-    lower_is_better: bool
     rank: int
-    label: str
-    method: str
-    ours: bool
-    budget: int | None = None
-    parameters: int | None = None
-    matched: bool | None = None
-    trainable: int | None = None
-    learning_rate: float | None = None
-    at_edge: bool = False
-    rates: dict[str, float | None] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-    others: dict[str, dict[str, float]] = field(default_factory=dict)
-    summary: Summary | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    against: Comparison | None = None
-    holm_all: float | None = None
-    wanted: int = 0
-    diverged: list[int] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_mib: float | None = None
-    tokens: int = 0
-    steps: int = 0
-    status: str = "not started"
+    metric: str
+    tasks: list[str]
+    against: Comparison
 
 
 @dataclass(frozen=True)
@@ -103,11 +48,13 @@ class Results:
         reference: Label of the method that the others are compared with.
         rows: All methods at all tasks and budgets, in the experiment's order.
         mean_ranks: Budget rank -> method -> mean rank over tasks and seeds; 1 is best.
+        pooled: Comparisons over all tasks that have a metric in common, where there are several.
+        trades: How many parameters each method needs for the reference's result.
         cells: How many there are.
         finished: How many have a record.
         commits: Of the records.
         hardware: Processors and accelerators of the records.
-        hours: Spent on all records together: profiles, training, evaluation.
+        hours: Spent on all records together, without loading and profiles.
         experiment: The configuration.
     """
 
@@ -115,6 +62,8 @@ class Results:
     reference: str
     rows: list[Row]
     mean_ranks: dict[str, dict[str, float]]
+    pooled: list[Pooled]
+    trades: list[Trade]
     cells: int
     finished: int
     commits: list[str]
@@ -138,14 +87,16 @@ def make_results(board: Board) -> Results:
     config = board.config
     records = board.records()
     _refuse_mixed(records)
-    rows = [row for task in config.make_tasks() for row in _task_rows(board, task)]
-    rows = _compared(rows, config.reference.method)
-    seconds = sum(sum(record.seconds.values()) for record in records)
+    rows = [row for task in config.make_tasks() for row in task_rows(board, task)]
+    rows = _compared(rows, config.reference_label)
+    seconds = sum(r.seconds[part] for r in records for part in ("prepare", "train", "evaluate"))
     return Results(
         title=config.title or Path(config.output).name,
-        reference=config.reference.method,
+        reference=config.reference_label,
         rows=rows,
         mean_ranks=_mean_ranks(rows),
+        pooled=_pooled(rows, config.reference_label),
+        trades=_trades(rows, config),
         cells=board.total(),
         finished=len(records),
         commits=sorted({record.commit or "none" for record in records}),
@@ -153,100 +104,6 @@ def make_results(board: Board) -> Results:
         hours=round(seconds / 3600, 3),
         experiment=config.model_dump(mode="json"),
     )
-
-
-def _task_rows(board: Board, task: TaskSpec) -> list[Row]:
-    """Every method at every budget; one that no budget changes stands at each."""
-    rows = []
-    groups = [group for group in board.groups if group.task.name == task.name]
-    for rank in task.budgets:
-        for method in board.config.make_methods():
-            empty = Row(
-                task.name,
-                task.task.metric,
-                task.task.lower_is_better,
-                rank,
-                method.label,
-                method.name,
-                method.contestant.ours,
-                wanted=len(board.config.seeds),
-            )
-            if method.reason is not None:
-                rows.append(replace(empty, status=f"not available: {method.reason}", wanted=0))
-                continue
-            group = next(
-                g for g in groups if g.method.label == method.label and g.rank in (rank, None)
-            )
-            rows.append(_filled(empty, board, group))
-    return rows
-
-
-def _filled(row: Row, board: Board, group: Group) -> Row:
-    choice = board.choice(group)
-    finals = board.finals(group)
-    failed = {
-        f"seed {cell.seed}" if cell.phase == "final" else f"search {cell.learning_rate:g}": f.error
-        for cell in (*group.search, *finals)
-        if (f := board.failure(cell)) is not None
-    }
-    records = [record for cell in finals if (record := board.record(cell)) is not None]
-    row = replace(
-        row,
-        learning_rate=choice.rate,
-        at_edge=choice.at_edge,
-        rates={f"{rate:g}": score for rate, score in choice.scores.items()},
-        failed=failed,
-        status=_status(choice, group, records, failed),
-    )
-    return _measured(row, records) if records else row
-
-
-def _status(
-    choice: Choice, group: Group, records: Sequence[CellRecord], failed: Mapping[str, str]
-) -> str:
-    if not choice.final:
-        return "choosing the learning rate"
-    if choice.rate is None and group.grid:
-        return "no learning rate of the grid works"
-    if len(records) == len(group.seeds):
-        return "finished"
-    return "failed" if failed else "running"
-
-
-def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
-    """What the records say of cost and outcome."""
-    sizes = [record.size for record in records if record.size is not None]
-    values = {str(r.seed): r.value for r in records if r.value is not None}
-    names = sorted({name for r in records for name in r.test or {} if name != row.metric})
-    others = {
-        name: {str(r.seed): r.test[name] for r in records if r.test and name in r.test}
-        for name in names
-    }
-    parts = records[0].seconds.keys()
-    peaks = [r.peak_memory_mib for r in records if r.peak_memory_mib is not None]
-    return replace(
-        row,
-        budget=sizes[0].budget if sizes else None,
-        parameters=max((size.parameters for size in sizes), default=None),
-        matched=all(size.matched for size in sizes) if sizes else None,
-        trainable=max(record.trainable_parameters for record in records),
-        values=values,
-        others=others,
-        summary=summarise(list(values.values())) if values else None,
-        curve=_curve(row.metric, records),
-        diverged=[record.seed for record in records if record.value is None],
-        seconds={part: round(fmean(r.seconds[part] for r in records), 3) for part in parts},
-        peak_memory_mib=max(peaks, default=None),
-        tokens=records[0].tokens,
-        steps=records[0].steps,
-    )
-
-
-def _curve(metric: str, records: Sequence[CellRecord]) -> list[tuple[int, float]]:
-    """The validation metric at the steps that all records have, over the seeds."""
-    curves = [{e.step: e.metrics[metric] for e in record.validation} for record in records]
-    shared = set.intersection(*(set(curve) for curve in curves))
-    return [(step, fmean(curve[step] for curve in curves)) for step in sorted(shared)]
 
 
 def _compared(rows: list[Row], reference: str) -> list[Row]:
@@ -271,6 +128,32 @@ def _compared(rows: list[Row], reference: str) -> list[Row]:
     ]
 
 
+def _pooled(rows: Sequence[Row], reference: str) -> list[Pooled]:
+    """Of the methods that are finished on every task, paired over tasks and seeds."""
+    found = []
+    for rank, metric in dict.fromkeys((row.rank, row.metric) for row in rows):
+        chosen = [r for r in rows if (r.rank, r.metric) == (rank, metric)]
+        tasks = list(dict.fromkeys(row.task for row in chosen))
+        cells = {
+            label: _over_tasks([row for row in chosen if row.label == label], tasks)
+            for label in dict.fromkeys(row.label for row in chosen)
+        }
+        cells = {label: values for label, values in cells.items() if values}
+        if len(tasks) < 2 or reference not in cells:
+            continue
+        lower = chosen[0].lower_is_better
+        for comparison in compare_with(reference, cells, lower_is_better=lower):
+            found.append(Pooled(rank, metric, tasks, comparison))
+    return found
+
+
+def _over_tasks(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, float]:
+    """Task and seed -> metric; nothing if a task is missing or not finished."""
+    if {row.task for row in rows if row.status == "finished"} != set(tasks):
+        return {}
+    return {f"{row.task} {seed}": v for row in rows for seed, v in row.values.items()}
+
+
 def _mean_ranks(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Over the tasks and seeds that all finished methods of a budget share."""
     found: dict[str, dict[str, float]] = {}
@@ -292,13 +175,44 @@ def _mean_ranks(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _trades(rows: Sequence[Row], config: ExperimentConfig) -> list[Trade]:
+    """Of every method with a size at two budgets or more, the reference's own left out."""
+    found = []
+    for task in dict.fromkeys(row.task for row in rows):
+        sized = [row for row in rows if row.task == task and row.parameters and row.values]
+        rank = config.reference_rank([row.rank for row in rows if row.task == task])
+        key = config.reference_label, rank
+        goal = next((row for row in sized if (row.label, row.rank) == key), None)
+        if goal is None:
+            continue
+        assert goal.parameters is not None
+        against = goal.label, goal.rank, goal.parameters, goal.values
+        for label in dict.fromkeys(row.label for row in sized if row.label != goal.label):
+            curve = _size_curve([row for row in sized if row.label == label])
+            if curve.values.keys() & goal.values.keys() and len(curve.parameters) > 1:
+                lower = goal.lower_is_better
+                found.append(trade(task, label, curve, against, lower_is_better=lower))
+    return found
+
+
+def _size_curve(rows: Sequence[Row]) -> Curve:
+    """The seeds that every budget has; of equal sizes the first counts."""
+    by_size: dict[int, Row] = {}
+    for row in rows:
+        assert row.parameters is not None
+        by_size.setdefault(row.parameters, row)
+    sizes = sorted(by_size)
+    seeds = set.intersection(*(set(row.values) for row in by_size.values()))
+    return Curve(sizes, {seed: [by_size[n].values[seed] for n in sizes] for seed in seeds})
+
+
 def _refuse_mixed(records: Sequence[CellRecord]) -> None:
     for task in {record.task for record in records}:
-        for what in ("data_fingerprint", "model_fingerprint"):
-            found = sorted({getattr(r, what) for r in records if r.task == task})
+        for key, what in (("data_fingerprint", "data"), ("model_fingerprint", "base models")):
+            found = sorted({getattr(r, key) for r in records if r.task == task})
             if len(found) > 1:
                 raise ConfigError(
-                    f"task {task}: its records were made with different {what.split('_')[0]}s "
+                    f"task {task}: its records were made with different {what} "
                     f"({', '.join(found)}), although the settings are the same; restore what "
                     "changed, or choose another output."
                 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, DivergenceError
 from rankwise.profiling import model_loss
 from rankwise.records import HeldOutLoss
 
@@ -29,11 +29,12 @@ def held_out_loss(
         step: The optimizer step to note down.
 
     Raises:
-        DataError: No token carries a label, or the loss is not finite.
+        DataError: No token carries a label.
+        DivergenceError: The loss is not finite.
     """
     total, tokens = summed_loss(model, batches)
     if not math.isfinite(total):
-        raise DataError(
+        raise DivergenceError(
             f"the held-out loss at step {step} is {total / tokens}: training diverged or the data "
             "is broken; lower training.learning_rate."
         )

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rankwise.errors import ConfigError, FileError
+from rankwise.experiments.board import Board
+from rankwise.experiments.check import (
+    Check,
+    against_table,
+    check_cell,
+    compare_records,
+    prediction_interval,
+)
+from rankwise.experiments.compare import run_experiment
+from rankwise.experiments.config import make_experiment
+from tiny_experiment import write_experiment
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Board]:
+    document = write_experiment(tmp_path_factory.mktemp("check"))
+    return document, run_experiment(make_experiment(document))
+
+
+def test_a_cell_reproduces_exactly(finished: tuple[dict[str, Any], Board]) -> None:
+    board = finished[1]
+    found = check_cell(board, "lines--ralora--r2--lr0.01--seed1")
+    assert found.exact and found.reproduced
+    assert "reproduced exactly" in str(found)
+    with pytest.raises(ConfigError, match="did you mean 'lines--ralora--r2--lr0"):
+        check_cell(board, "lines--ralora--r2--lr0.01--seed11")
+
+
+def test_a_changed_record_does_not_reproduce(
+    finished: tuple[dict[str, Any], Board], tmp_path: Path
+) -> None:
+    document = finished[0] | {"output": str(tmp_path)}
+    board = Board(make_experiment(document))
+    board.folder.mkdir()
+    for cell in board.cells():
+        text = finished[1].path(cell).read_text()
+        board.path(cell).write_text(text)
+    cell = next(iter(board.cells()))
+    changed = json.loads(board.path(cell).read_text())
+    changed["test"]["loss"] += 1e-4
+    board.path(cell).write_text(json.dumps(changed))
+    found = check_cell(board, cell.file_name)
+    assert not found.exact
+    assert found.recorded is not None and found.found is not None
+    assert found.recorded - found.found == pytest.approx(1e-4)
+
+
+def test_verdicts() -> None:
+    within = Check("x", "loss", 1.0, 1.1, False, (0.9, 1.2))
+    assert within.reproduced and "reproduced within the interval" in str(within)
+    outside = Check("x", "loss", 1.0, 1.3, False, (0.9, 1.2))
+    assert not outside.reproduced and "NOT reproduced" in str(outside)
+    assert not Check("x", "loss", 1.0, 1.1, False, None).reproduced
+    assert not Check("x", "loss", 1.0, None, False, (0.9, 1.2)).reproduced
+
+
+def test_a_prediction_interval_holds_the_next_value_in_95_of_100_cases() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        *sample, following = generator.normal(size=6).tolist()
+        interval = prediction_interval(sample)
+        assert interval is not None
+        held += interval[0] <= following <= interval[1]
+    assert 0.935 < held / 2000 < 0.965
+    assert prediction_interval([1.0]) is None
+
+
+def test_records_against_those_of_another_folder(
+    finished: tuple[dict[str, Any], Board], tmp_path: Path
+) -> None:
+    document, board = finished
+    assert isinstance(document["training"], dict)
+    changed = document | {
+        "output": str(tmp_path / "other"),
+        "seeds": [0, 2],
+        "methods": ["lora", {"name": "ralora", "n_max": 2, "label": "ralora"}],
+    }
+    other = run_experiment(make_experiment(changed))
+    pairs, others = compare_records(board, Path(other.config.output))
+    assert [(pair.label, pair.pairs, pair.exact) for pair in pairs] == [("lora", 1, 1)]
+    assert pairs[0].difference is not None and pairs[0].difference.mean == 0
+    assert others == ["lines--ralora--r2--lr0.01--seed0"]
+    text = against_table(pairs, others)
+    assert "+0.000000" in text and "other settings there: lines--ralora" in text
+    with pytest.raises(FileError, match="holds no records"):
+        compare_records(board, tmp_path)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rankwise.errors import ConfigError
+from rankwise.experiments.cells import make_groups
+from rankwise.experiments.config import load_experiment, make_experiment
+
+MINIMAL: dict[str, Any] = {
+    "output": "out",
+    "model": "somewhere",
+    "tasks": [{"name": "one", "kind": "completion", "train": "a.jsonl", "test": "b.jsonl"}],
+    "methods": ["lora", {"name": "ralora", "label": "RaLoRA, function", "scaling": "function"}],
+    "budgets": [4, 8],
+    "seeds": [0, 1, 2],
+    "learning_rates": [1e-3, 1e-2],
+}
+
+
+def test_a_file_with_overrides_and_a_small_scale(tmp_path: Path) -> None:
+    document = MINIMAL | {"small": {"budgets": [1], "training": {"steps": 3}}}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(document))
+    full = load_experiment(path, ["training.steps=7", "tasks.0.max_test=5"])
+    assert full.training.steps == 7
+    assert full.make_tasks()[0].task.max_test == 5
+    assert full.make_tasks()[0].task.model == "somewhere"
+    assert full.budgets == [4, 8]
+    small = load_experiment(path, scale="small")
+    assert (small.budgets, small.training.steps) == ([1], 3)
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError, match="no section 'small'"):
+        load_experiment(path, scale="small")
+
+
+def test_a_task_may_have_settings_of_its_own() -> None:
+    task = MINIMAL["tasks"][0] | {"training": {"steps": 9}, "budgets": [2], "targets": ["q_proj"]}
+    spec = make_experiment(MINIMAL | {"tasks": [task]}).make_tasks()[0]
+    assert spec.training.steps == 9
+    assert spec.training.batch_size == 16
+    assert spec.budgets == [2]
+    assert spec.targets == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": [4]}, "unknown key 'budget'; did you mean 'budgets'"),
+        ({"training": {"step": 4}}, "unknown key 'training.step'; did you mean 'steps'"),
+        ({"methods": ["lorra"]}, "'lorra' is not a method; did you mean 'lora'"),
+        ({"methods": ["lora", "lora"]}, "lora stands there twice; give each a label"),
+        ({"methods": [{"name": "ralora", "n_maxx": 4}]}, "did you mean 'n_max'"),
+        ({"methods": [{"name": "ralora", "scaling": "x"}]}, "scaling='x' must be"),
+        ({"methods": [{"name": "ralora", "r": 4}]}, "ralora: the budget sets r and alpha"),
+        ({"methods": [{"name": "lr-lora", "point": 4}]}, "did you mean 'points'"),
+        ({"methods": [{"name": "fourierft", "scalin": 4}]}, "did you mean 'scaling'"),
+        ({"methods": [{"name": "full", "x": 4}]}, "full has no options"),
+        ({"methods": [{"name": "gard-dynamic", "dynamic": {"tau": 3}}]}, "dynamic.tau"),
+        (
+            {"methods": [{"name": "water-fill-dynamic", "adapter": "lr-lora"}]},
+            "ranks move in plain LoRA only",
+        ),
+        ({"methods": [{"name": "gard", "dynamic": {}}]}, "name the method gard-dynamic"),
+        ({"methods": [{"name": "lora", "learning_rate": -1.0}]}, "must be a positive number"),
+        ({"methods": [{"name": "ia3", "alpha_over_r": 1.0}]}, "it has no alpha"),
+        ({"methods": [{"name": "lora", "label": "--"}]}, "must hold letters or digits"),
+        ({"seeds": [0, 0]}, "holds a value twice"),
+        ({"seeds": [0, 1000]}, r"\[1000\] are among seeds"),
+        ({"tasks": [MINIMAL["tasks"][0] | {"kind": "choise"}]}, "did you mean 'choice'"),
+        ({"tasks": [MINIMAL["tasks"][0] | {"max_tests": 3}]}, "did you mean 'max_test'"),
+        ({"tasks": [MINIMAL["tasks"][0] | {"max_test": "3"}]}, "max_test"),
+        ({"tasks": [{"kind": "completion", "test": "x"}]}, "needs 'train'"),
+        ({"tasks": [MINIMAL["tasks"][0]] * 2}, "one stands there twice"),
+        ({"tasks": [MINIMAL["tasks"][0] | {"name": "a/b"}]}, "must be letters"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_experiment(MINIMAL | changes)
+
+
+def test_hashes_follow_what_decides_a_result_and_nothing_else() -> None:
+    def hashes(**changes: Any) -> list[str]:
+        groups = make_groups(make_experiment(MINIMAL | changes))
+        return [cell.config_hash for group in groups for cell in group.final(1e-3)]
+
+    base = hashes()
+    assert len(set(base)) == len(base) == 2 * 2 * 3
+    assert hashes(output="elsewhere", workers=2, title="x", learning_rates=[1e-1]) == base
+    # the hash of records that others have made: it may change with SETTINGS_VERSION only
+    assert base[0] == "c689b3cc1e7b"
+    assert hashes(budgets=[4, 8, 16])[:6] == base[:6]
+    renamed = [{"name": "lora", "label": "LoRA"}, MINIMAL["methods"][1]]
+    assert hashes(methods=renamed) == base
+    for change in (
+        {"training": {"steps": 100}},
+        {"training": {"group_by_length": True}},
+        {"targets": ["q_proj"]},
+        {"model": "other"},
+        {"profile": {"batches": 4}},
+    ):
+        assert not set(hashes(**change)) & set(base)
+
+
+def test_a_method_that_no_budget_changes_is_run_once() -> None:
+    groups = make_groups(make_experiment(MINIMAL | {"methods": ["lora", "full", "mora"]}))
+    assert [(g.method.name, g.rank) for g in groups] == [("lora", 4), ("full", None), ("lora", 8)]
+
+
+def test_a_fixed_learning_rate_is_not_searched() -> None:
+    methods = ["lora", {"name": "lora", "label": "fixed", "learning_rate": 3e-3}]
+    groups = make_groups(make_experiment(MINIMAL | {"methods": methods, "budgets": [4]}))
+    assert [len(group.search) for group in groups] == [2, 0]
+    assert groups[1].grid == [3e-3]

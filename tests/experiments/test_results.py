@@ -1,0 +1,237 @@
+"""Results from records that were made up, so that every number is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from rankwise.errors import ConfigError
+from rankwise.experiments.board import Board
+from rankwise.experiments.cell_records import CellRecord, EvaluationRecord, SizeRecord
+from rankwise.experiments.cells import Cell
+from rankwise.experiments.config import make_experiment
+from rankwise.experiments.result_tables import markdown, save_results, terminal_table
+from rankwise.experiments.results import Results, make_results
+
+SEEDS = list(range(5))
+NOISE = [0.3, -0.1, 0.2, -0.3, 0.1]
+GAIN = [0.52, 0.48, 0.53, 0.47, 0.5]
+"""How much better than LoRA the method called water-fill is, seed by seed."""
+
+Value = Callable[[Cell], float | None]
+
+
+def _document(folder: Path, **changes: Any) -> dict[str, Any]:
+    task = {"kind": "completion", "train": "a.jsonl", "test": "b.jsonl", "model": "m"}
+    return {
+        "output": str(folder),
+        "tasks": [task | {"name": "one"}, task | {"name": "two", "max_length": 64}],
+        "methods": ["lora", "water-fill", "ia3", "nola"],
+        "budgets": [4, 8, 16],
+        "seeds": SEEDS,
+        "learning_rates": [1e-3, 1e-2, 1e-1],
+    } | changes
+
+
+def _loss(cell: Cell) -> float | None:
+    """LoRA: 10, 8, 6 at its three budgets; everyone's best rate is 1e-2."""
+    if cell.phase == "search":
+        return {1e-3: 3.0, 1e-2: 2.0, 1e-1: None}[cell.learning_rate or 0]
+    assert cell.rank is not None
+    loss = {4: 10.0, 8: 8.0, 16: 6.0}[cell.rank] + NOISE[cell.seed]
+    if cell.method.name == "water-fill":
+        return loss - GAIN[cell.seed]
+    return loss + 1 + 0.1 * cell.seed if cell.method.name == "ia3" else loss
+
+
+def _record(cell: Cell, value: float | None) -> CellRecord:
+    final = cell.phase == "final"
+    rank = cell.rank or 1
+    off = 5 if cell.method.name == "ia3" else 1
+    return CellRecord(
+        name=cell.name,
+        phase=cell.phase,
+        task=cell.task.name,
+        method=cell.method.name,
+        label=cell.method.label,
+        budget_rank=cell.rank,
+        seed=cell.seed,
+        learning_rate=cell.learning_rate,
+        steps=cell.steps,
+        config_hash=cell.config_hash,
+        settings=cell.settings,
+        metric="loss",
+        lower_is_better=True,
+        size=SizeRecord(1000 * rank, 1000 * rank // off, off == 1, rank, rank),
+        trainable_parameters=1000 * rank // off,
+        head_parameters=0,
+        ranks={"x": rank},
+        validation=[] if value is None else [EvaluationRecord(cell.steps, {"loss": value})],
+        test={"loss": value, "perplexity": math.exp(value)} if final and value else None,
+        train_loss=[(cell.steps, 1.0)],
+        diverged_at=3 if value is None else None,
+        tokens=100,
+        seconds={"load": 1.0, "profile": 2.0, "prepare": 3.0, "train": 4.0, "evaluate": 5.0},
+        peak_memory_mib=100.0 + cell.seed,
+        memory_before_mib=50.0,
+        model="m",
+        model_fingerprint="f" * 16,
+        data_fingerprint=f"data of {cell.task.name}",
+        rows={"train": 1, "validation": 1, "test": 1},
+        notes=[],
+        commit="abc",
+        versions={},
+        hardware={"processor": "a fast one"},
+        finished="2026-01-01T00:00:00+00:00",
+    )
+
+
+def _board(folder: Path, value: Value = _loss, **changes: Any) -> Board:
+    """A board whose records are written until no further cell comes up."""
+    board = Board(make_experiment(_document(folder, **changes)))
+    board.folder.mkdir(parents=True)
+    for _ in range(2):
+        for cell in board.cells():
+            if not board.path(cell).is_file():
+                board.path(cell).write_text(json.dumps(asdict(_record(cell, value(cell)))))
+    return board
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return make_results(_board(tmp_path_factory.mktemp("results")))
+
+
+def _row(results: Results, label: str, rank: int = 8, task: str = "one") -> Any:
+    return next(r for r in results.rows if (r.task, r.label, r.rank) == (task, label, rank))
+
+
+def test_rows_hold_mean_interval_and_tests(results: Results) -> None:
+    assert results.finished == results.cells == 2 * 3 * 3 * (3 + 5)
+    row = _row(results, "water-fill")
+    expected = [8 + n - g for n, g in zip(NOISE, GAIN, strict=True)]
+    assert list(row.values.values()) == pytest.approx(expected)
+    assert row.summary.mean == pytest.approx(sum(expected) / 5)
+    assert row.learning_rate == 1e-2
+    assert not row.at_edge
+    assert row.rates["0.001"] == 3.0 and math.isnan(row.rates["0.1"])
+    differences = [-gain for gain in GAIN]
+    test = stats.ttest_1samp(differences, 0.0)
+    assert row.against.difference.mean == pytest.approx(-0.5)
+    assert row.against.t_p == pytest.approx(test.pvalue)
+    low, high = test.confidence_interval()
+    assert (row.against.difference.low, row.against.difference.high) == pytest.approx((low, high))
+    assert row.against.wilcoxon_p == 0.0625
+    assert row.against.wins == 5
+    # the smaller p of two in its table, and the smallest of two methods at six tables
+    assert row.against.holm_p == pytest.approx(2 * test.pvalue)
+    assert row.holm_all == pytest.approx(12 * test.pvalue)
+    assert row.others["perplexity"]["0"] == pytest.approx(math.exp(expected[0]))
+    assert row.peak_memory_mib == 104.0
+
+
+def test_what_is_not_matched_or_not_available_is_said(results: Results) -> None:
+    assert _row(results, "ia3").matched is False
+    assert _row(results, "nola").status.startswith("not available")
+    for text in (terminal_table(results), markdown(results)):
+        assert "ia3: not matched, -80.0% of the budget" in text
+        assert "nola: not available: no kept library" in text
+        assert "1,600†" in text
+
+
+def test_mean_ranks_and_pooled_comparisons(results: Results) -> None:
+    assert results.mean_ranks["8"] == {"water-fill": 1.0, "lora": 2.0, "ia3": 3.0}
+    pooled = next(p for p in results.pooled if p.rank == 8 and p.against.method == "water-fill")
+    assert pooled.tasks == ["one", "two"]
+    assert pooled.against.difference.count == 10
+    assert pooled.against.t_p == pytest.approx(
+        stats.ttest_1samp([-gain for gain in GAIN] * 2, 0.0).pvalue
+    )
+    assert "| water-fill | -0.5000 |" in markdown(results)
+    assert "10 of 10" in markdown(results)
+
+
+def test_the_one_number(results: Results) -> None:
+    trade = next(t for t in results.trades if t.task == "one" and t.label == "water-fill")
+    assert trade.target == pytest.approx(8 + sum(NOISE) / 5)
+    # from 9.5 at 4,000 to 7.5 at 8,000 parameters, 8 lies three quarters of the way
+    assert trade.needed == pytest.approx(4000 * 2**0.75)
+    assert trade.low is not None and trade.high is not None
+    assert trade.low < trade.needed < trade.high < 8000
+    assert "parameters for the result of lora at r = 8" in markdown(results)
+
+
+def test_results_survive_as_json(results: Results, tmp_path: Path) -> None:
+    paths = save_results(results, tmp_path)
+    assert [path.name for path in paths] == ["results.md", "results.json"]
+    document = json.loads(paths[1].read_text())
+    assert document["rows"][1]["rates"] == {"0.001": 3.0, "0.01": 2.0, "0.1": None}
+    assert document["experiment"]["budgets"] == [4, 8, 16]
+    assert document["trades"][0]["label"] == "water-fill"
+    assert document["hardware"] == ["a fast one"]
+    assert "**2.0000**" in paths[0].read_text()  # the chosen rate in the appendix
+
+
+def test_a_best_rate_at_the_edge_is_marked(tmp_path: Path) -> None:
+    board = _board(tmp_path, learning_rates=[1e-2, 1e-1])
+    row = _row(make_results(board), "lora")
+    assert row.at_edge
+    assert "0.01!" in terminal_table(make_results(board))
+
+
+def test_seeds_that_diverge_are_named_and_left_out_of_the_mean(tmp_path: Path) -> None:
+    def value(cell: Cell) -> float | None:
+        broken = cell.method.name == "water-fill" and cell.phase == "final" and cell.seed == 2
+        return None if broken else _loss(cell)
+
+    results = make_results(_board(tmp_path, value))
+    row = _row(results, "water-fill")
+    assert row.diverged == [2]
+    assert row.against.difference.count == 4
+    assert "water-fill" not in results.mean_ranks["8"]
+    assert "water-fill: diverged at seed 2, which the mean leaves out" in terminal_table(results)
+
+
+def test_a_method_that_diverges_at_every_rate_has_no_final_runs(tmp_path: Path) -> None:
+    def value(cell: Cell) -> float | None:
+        return None if cell.method.name == "ia3" else _loss(cell)
+
+    board = _board(tmp_path, value)
+    results = make_results(board)
+    assert _row(results, "ia3").status == "no learning rate of the grid works"
+    assert results.finished == results.cells == board.total()
+
+
+def test_records_of_other_data_are_refused(tmp_path: Path) -> None:
+    board = _board(tmp_path)
+    path = board.path(next(iter(board.cells())))
+    changed = json.loads(path.read_text()) | {"data_fingerprint": "another"}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match="task one: its records were made with different data "):
+        make_results(Board(board.config))
+
+
+def test_nothing_finished_is_a_table_too(tmp_path: Path) -> None:
+    results = make_results(Board(make_experiment(_document(tmp_path))))
+    assert results.finished == 0
+    assert "choosing the learning rate" in terminal_table(results)
+    assert "0 of 144 cells finished" in markdown(results)
+
+
+def test_the_reference_may_be_another(tmp_path: Path) -> None:
+    board = _board(tmp_path, reference={"method": "water-fill", "rank": 4})
+    results = make_results(board)
+    assert _row(results, "water-fill").against is None
+    assert _row(results, "lora").against.difference.mean == pytest.approx(0.5)
+    assert {t.label for t in results.trades} == {"lora", "ia3"}
+    with pytest.raises(ConfigError, match=r"reference\.method='loar'"):
+        make_experiment(_document(tmp_path, reference={"method": "loar"}))
+    with pytest.raises(ConfigError, match=r"reference\.rank=7 is no budget; known: 4, 8, 16"):
+        make_experiment(_document(tmp_path, reference={"rank": 7}))
