@@ -25,12 +25,13 @@ from peft import (
 )
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora import preprocess_loraga
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rankwise.errors import ConfigError, nearest
 from rankwise.experiments.drivers import AdaLoraDriver
-from rankwise.experiments.sizing import Adapted, Baseline, ConfigFactory, Job, Size
+from rankwise.experiments.sizing import Adapted, Baseline, Batch, ConfigFactory, Job, Size
 from rankwise.targets import LinearShape
 
 NOT_AVAILABLE: Mapping[str, str] = {
@@ -174,7 +175,38 @@ def _freeze_a(job: Job, model: PeftModel) -> None:
 
 
 def _initialise_eva(job: Job, model: PeftModel) -> None:
-    initialize_lora_eva_weights(model, list(job.batches), show_progress_bar=False)
+    batches = [_for_eva(batch) for batch in job.batches]
+    options: dict[str, Any] = {"prepare_layer_inputs_fn": _rows_for_eva, "show_progress_bar": False}
+    if "input_ids" not in batches[0]:
+        options["prepare_model_inputs_fn"] = None  # it finds tokens, which images have none of
+    # PEFT compares inputs by a view, which a pooler's input, a slice, does not have
+    layers = [
+        m for m in model.modules() if isinstance(m, nn.Module) and isinstance(m, BaseTunerLayer)
+    ]
+    handles = [layer.register_forward_pre_hook(_contiguous) for layer in layers]
+    try:
+        initialize_lora_eva_weights(model, batches, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+def _rows_for_eva(inputs: Any, tokens: Any, layer: str) -> Tensor:
+    """A layer's inputs without padding, or all of them where they are not one a token: a pooler."""
+    x: Tensor = inputs if isinstance(inputs, Tensor) else inputs[0]
+    if isinstance(tokens, Tensor) and x.ndim == 3:
+        return x[tokens.T.unbind()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _for_eva(batch: Batch) -> dict[str, Any]:
+    """Without labels of rows, which PEFT would take for labels of tokens and mask by."""
+    labels = batch["labels"]
+    return {k: v for k, v in batch.items() if k != "labels" or labels.ndim > 1}
 
 
 def _estimate_for_lora_ga(job: Job, config: Any) -> None:
