@@ -9,7 +9,7 @@ boots. OUT is then a transformers folder that an experiment takes as `model`, fo
 are hard to tell apart. At the end a new head alone, and one with LoRA of rank 4, are trained on
 those for `--adapt-steps`, so that one sees what adapters can gain there.
 
-With the defaults, about ROUGH_MINUTES on one core.
+With the defaults about four minutes on one core.
 """
 
 from __future__ import annotations

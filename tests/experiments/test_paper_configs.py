@@ -28,8 +28,9 @@ TABLES = {
 }
 """Tables that are runs. RaLoRA's table 8 correlates profiles; LR-LoRA's table 10 is settings."""
 
-UNMATCHED = {"vera", "ia3"}
-"""Methods whose size cannot reach every budget; their rows say so."""
+COARSE = {"randlora": 0.1, "vera": 1.0, "ia3": 1.0}
+"""How far off methods may be whose sizes are far apart or end below a budget; the dry run and the
+results say of such a row that it is not matched."""
 
 _load = cache(load_experiment)
 _models = {}
@@ -91,7 +92,7 @@ def test_it_is_parsed_and_counted(path, scale):
                     continue
                 assert set(size.values) == set(targets)
                 off = abs(size.parameters / size.budget - 1)
-                assert off <= TOLERANCE or entry.name in UNMATCHED, (entry.label, str(size))
+                assert off <= COARSE.get(entry.name, TOLERANCE), (entry.label, str(size))
     if config.reference.method in labels:
         assert any(config.reference.rank in spec.budgets for spec in config.make_tasks())
 

@@ -51,7 +51,7 @@ def serve(monkeypatch):
     def start(*replies):
         server = _Server(replies)
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return server
 
     yield start

@@ -65,8 +65,13 @@ class ImageTask(Task):
 
     def load_model(self) -> PreTrainedModel:
         """A vision transformer whose head, if of other classes, is drawn anew."""
+        names = {label: str(label) for label in range(self.labels)}
         model = AutoModelForImageClassification.from_pretrained(
-            self.model, dtype=torch.float32, num_labels=self.labels, ignore_mismatched_sizes=True
+            self.model,
+            dtype=torch.float32,
+            id2label=names,
+            label2id={name: label for label, name in names.items()},
+            ignore_mismatched_sizes=True,
         )
         assert isinstance(model, PreTrainedModel)
         return model
