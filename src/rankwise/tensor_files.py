@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,26 @@ from rankwise.errors import FileError
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8
+
+
+def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Replace the metadata of a safetensors file; its tensors are copied as they are.
+
+    Keys are sorted: the library writes them in an order that differs from file to file, and files
+    of equal content would differ.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    with path.open("rb") as old, draft.open("wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        new.write(_header(header | {"__metadata__": dict(sorted(metadata.items()))}))
+        shutil.copyfileobj(old, new)
+    os.replace(draft, path)
+
+
+def _header(content: Mapping[str, object]) -> bytes:
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True)
@@ -54,11 +76,8 @@ class TensorWriter:
                 "data_offsets": [at, at + array.bytes],
             }
             at += array.bytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        self._data = 8 + len(text)
         self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._data = self._file.write(_header(header))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, in the dtype of the layout."""

@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_the_weights_gradient(
     settings = config(place, tmp_path / "run", "full", track={"every": 1})
     training = settings.training.model_copy(update={"max_grad_norm": 0.0})
     watch = _Weights(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
-    trainer_module = importlib.import_module("rankwise.training.train")  # a function shadows it
+    trainer_module = importlib.import_module("rankwise.training.fit")
     make = trainer_module.SFTTrainer
     monkeypatch.setattr(
         trainer_module,

@@ -6,14 +6,14 @@ safetensors file takes any text, which other programs ignore.
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+
+from rankwise.tensor_files import set_metadata
 
 FINGERPRINT_KEY = "rankwise_base_fingerprint"
 _ATTRIBUTE = "base_fingerprint"
@@ -34,26 +34,22 @@ def base_fingerprint(model: PeftModel, adapter: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def fingerprint_metadata(model: PeftModel, adapter: str) -> dict[str, str]:
-    """What the header of an adapter's safetensors file says besides names and shapes."""
-    found = base_fingerprint(model, adapter)
-    return {"format": "pt"} | ({FINGERPRINT_KEY: found} if found else {})
-
-
 def write_base_fingerprint(model: PeftModel, weights: Path, adapter: str) -> None:
-    """Put the fingerprint into the header of a file that PEFT saved; its tensors stay the same.
+    """Put the fingerprint into the header of a saved file; its tensors stay the same.
 
     Args:
         model: Whose adapter was saved.
         weights: The safetensors file.
         adapter: Name of the adapter.
     """
-    if any(field.name == _ATTRIBUTE for field in fields(model.peft_config[adapter])):
-        return  # the configuration has it
-    wanted = fingerprint_metadata(model, adapter)
+    found = base_fingerprint(model, adapter)
+    if found is None or any(f.name == _ATTRIBUTE for f in fields(model.peft_config[adapter])):
+        return  # there is none, or the configuration has it
+    write_fingerprint(weights, found)
+
+
+def write_fingerprint(weights: Path, fingerprint: str) -> None:
+    """The same for a fingerprint that is known."""
     with safe_open(weights, framework="pt") as file:
         metadata = file.metadata() or {}
-    if metadata | wanted != metadata:
-        draft = weights.with_name(f".{weights.name}.draft")
-        save_file(load_file(weights), draft, metadata=metadata | wanted)
-        os.replace(draft, weights)
+    set_metadata(weights, metadata | {FINGERPRINT_KEY: fingerprint})

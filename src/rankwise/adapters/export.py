@@ -22,7 +22,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.adapters.base_fingerprint import fingerprint_metadata, write_base_fingerprint
+from rankwise.adapters.base_fingerprint import (
+    base_fingerprint,
+    write_base_fingerprint,
+    write_fingerprint,
+)
 from rankwise.adapters.block_diagonal import RaLoraLinear
 from rankwise.adapters.card import model_card
 from rankwise.adapters.fuse_lora import why_not_fused
@@ -142,7 +146,9 @@ def export_lora(
     ranks = {name: pair.rank for name, pair in factors.items()}
     with new_folder(folder, marker=CONFIG_FILE) as draft:
         config.save_pretrained(str(draft))
-        save_file(tensors, draft / WEIGHTS_FILE, metadata=fingerprint_metadata(model, adapter))
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        if (base := base_fingerprint(model, adapter)) is not None:
+            write_fingerprint(draft / WEIGHTS_FILE, base)
         error = _check_lora(_twin(model, adapter), draft, example)
         exported = Exported(
             folder,
