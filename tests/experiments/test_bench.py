@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
+from rankwise.errors import ConfigError
 from rankwise.experiments import bench as bench_module
 from rankwise.experiments.bench import PROFILES, Bench, training_batches
 from rankwise.experiments.cells import Cell, make_groups
@@ -125,6 +126,15 @@ def test_a_run_leaves_the_base_model_as_it_was(tmp_path: Path) -> None:
     assert by_name["ralora"].size is not None
     assert by_name["ralora"].trainable_parameters == by_name["ralora"].size.parameters
     assert all(record.test is not None and "accuracy" in record.test for record in records)
+
+
+@pytest.mark.filterwarnings("ignore:.*(EVA|eva|svd|redistribution).*")
+def test_eva_on_too_small_batches_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+    document = _classification(tmp_path)
+    changes: dict[str, Any] = {"methods": ["eva"], "budgets": [8], "seeds": [0], "reference": {}}
+    cells = _cells(document | changes)
+    with pytest.raises(ConfigError, match=r"pooler\.dense sees 4 rows a batch, fewer than the 16"):
+        run_cell(cells[0], Bench(tmp_path / "out", CPU))
 
 
 def test_a_run_does_not_depend_on_what_ran_before(tmp_path: Path) -> None:

@@ -176,7 +176,19 @@ def _freeze_a(job: Job, model: PeftModel) -> None:
 
 def _initialise_eva(job: Job, model: PeftModel) -> None:
     batches = [_for_eva(batch) for batch in job.batches]
-    options: dict[str, Any] = {"prepare_layer_inputs_fn": _rows_for_eva, "show_progress_bar": False}
+    config: Any = model.peft_config["default"]
+    least = math.ceil(max([config.r, *config.rank_pattern.values()]) * config.eva_config.rho)
+
+    def rows(inputs: Any, tokens: Any, layer: str) -> Tensor:
+        found = _rows_for_eva(inputs, tokens)
+        if len(found) < least:  # PEFT would pass over every batch, without end
+            raise ConfigError(
+                f"eva: {layer} sees {len(found)} rows a batch, fewer than the {least} directions "
+                "to be found; raise profile.batch_size, or leave the module out of the targets."
+            )
+        return found
+
+    options: dict[str, Any] = {"prepare_layer_inputs_fn": rows, "show_progress_bar": False}
     if "input_ids" not in batches[0]:
         options["prepare_model_inputs_fn"] = None  # it finds tokens, which images have none of
     # PEFT compares inputs by a view, which a pooler's input, a slice, does not have
@@ -195,7 +207,7 @@ def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in inputs)
 
 
-def _rows_for_eva(inputs: Any, tokens: Any, layer: str) -> Tensor:
+def _rows_for_eva(inputs: Any, tokens: Any) -> Tensor:
     """A layer's inputs without padding, or all of them where they are not one a token: a pooler."""
     x: Tensor = inputs if isinstance(inputs, Tensor) else inputs[0]
     if isinstance(tokens, Tensor) and x.ndim == 3:
