@@ -247,7 +247,8 @@ def _plan(
         method: Method = rw.Lora(r=settings.r)
         return method.plan(rw.find_targets(model))  # type: ignore[arg-type]
     modules = {name: rw.ModulePlan(**module) for name, module in static["modules"].items()}
-    return rw.RankPlan(**{**static, "modules": modules})
+    plain = {key: value for key, value in static.items() if key != "block_options"}
+    return rw.RankPlan(**{**plain, "modules": modules})
 
 
 def _lines(out: Path, settings: Settings | None = None) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def test_every_method_plans_a_measured_model(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
     batches = [token_batch([9, 7], seed=seed) for seed in range(3)]
     profile = profile_gradients(
-        model, batches, batches=3, statistics=METHODS[name].statistics, progress=False
+        model, batches, batches=3, statistics=METHODS[name]().statistics, progress=False
     )
     plan = METHODS[name](r=2).plan(profile)
     plan.check_fits(model)

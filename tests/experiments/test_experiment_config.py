@@ -54,7 +54,7 @@ def test_a_task_may_have_settings_of_its_own() -> None:
         ({"methods": ["lorra"]}, "'lorra' is not a method; did you mean 'lora'"),
         ({"methods": ["lora", "lora"]}, "lora stands there twice; give each a label"),
         ({"methods": [{"name": "ralora", "n_maxx": 4}]}, "did you mean 'n_max'"),
-        ({"methods": [{"name": "ralora", "scaling": "x"}]}, "scaling='x' must be"),
+        ({"methods": [{"name": "ralora", "scaling": "x"}]}, "scaling='x' is not known"),
         ({"methods": [{"name": "ralora", "r": 4}]}, "ralora: the budget sets r and alpha"),
         ({"methods": [{"name": "lr-lora", "point": 4}]}, "did you mean 'points'"),
         ({"methods": [{"name": "fourierft", "scalin": 4}]}, "did you mean 'scaling'"),

@@ -195,3 +195,28 @@ def test_the_record_is_plain_json(place: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps(document))
     with pytest.raises(FileError, match="surprise"):
         RunRecord.load(tmp_path / "bad.json")
+
+
+def test_the_ranks_of_any_method_carry_another_adapter(place: Path, tmp_path: Path) -> None:
+    method = {"name": "water-fill", "r": 2, "alpha": 4.0}
+    adapter = {"kind": "lr-lora", "points": 7, "span": 1.0}
+    run = train(config(place, tmp_path / "run", method=method, adapter=adapter))
+    assert run.record.held_out[-1].loss < run.record.held_out[0].loss
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert saved["peft_type"] == "LRLORA"
+    assert (saved["points"], saved["span"]) == (7, 1.0)
+    plan = RankPlan.load(tmp_path / "run/plan.json")
+    assert plan.adapter == "lr-lora"
+    assert saved["rank_pattern"] == {name: m.rank for name, m in plan.modules.items()}
+    assert run.record.trainable_parameters == plan.parameters + 2 * 7 * len(plan.modules)
+    assert (tmp_path / "run/analysis.json").is_file()
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    loaded = load_adapter(base, tmp_path / "run/adapter")
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits)
+
+
+def test_block_updates_are_no_other_adapter(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="one block per module"):
+        train(config(place, tmp_path / "run", adapter={"kind": "lr-lora"}))
+    assert not (tmp_path / "run").exists()

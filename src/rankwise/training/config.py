@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from peft import LoraConfig
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -18,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from rankwise.adapters import LrLoraConfig, RaLoraConfig
 from rankwise.dynamic import DynamicOptions, rule_of
 from rankwise.errors import ConfigError, PlanError, nearest
 from rankwise.files import describe, read_text
@@ -29,6 +31,16 @@ MAX_DEPTH = 20
 FULL = "full"
 """Full fine-tuning, which is no method of ranks."""
 _DYNAMIC = "-dynamic"
+_ADAPTERS: Mapping[str, type[LoraConfig | LrLoraConfig | RaLoraConfig]] = {
+    "lora": LoraConfig,
+    "lr-lora": LrLoraConfig,
+    "ralora": RaLoraConfig,
+}
+_BY_PLAN = {
+    *("r", "alpha", "lora_alpha", "blocks", "target_modules", "rank_pattern", "alpha_pattern"),
+    *("blocks_pattern", "dropout", "lora_dropout", "base_fingerprint"),
+}
+"""Options of adapters that the plan and `training` decide."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -128,6 +140,11 @@ class RunConfig(_Section):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "ralora"}, description="name and its options"
     )
+    adapter: dict[str, Any] = Field(
+        default_factory=dict,
+        description="another kind of adapter with the method's ranks, and its options: "
+        "`kind=lr-lora points=50`; default: the method's own",
+    )
     dynamic: dict[str, Any] | None = Field(
         default=None,
         description="options of ranks that move while training, see `rankwise.DynamicOptions`; {} "
@@ -158,6 +175,7 @@ class RunConfig(_Section):
         else:
             self.make_method()
             self.make_dynamic()
+            self.adapter_options()
         return self
 
     @property
@@ -169,8 +187,10 @@ class RunConfig(_Section):
         more = [key for key in self.method if key != "name"]
         if more:
             raise ConfigError(f"method.{more[0]}: {FULL} has no options.")
-        if self.dynamic is not None or self.plan is not None:
-            raise ConfigError(f"method.name={FULL!r}: has no ranks; leave out dynamic and plan.")
+        if self.dynamic is not None or self.plan is not None or self.adapter:
+            raise ConfigError(
+                f"method.name={FULL!r}: has no ranks; leave out dynamic, plan and adapter."
+            )
         if self.dtype != "float32":
             raise ConfigError(
                 f"dtype={self.dtype!r}: AdamW's steps vanish in 16-bit weights; {FULL} needs "
@@ -201,6 +221,32 @@ class RunConfig(_Section):
             return DynamicOptions(**(self.dynamic or {}))
         except PlanError as error:
             raise ConfigError(f"dynamic: {error}") from error
+
+    def adapter_options(self) -> dict[str, Any]:
+        """What `rankwise.attach` is told beside the plan.
+
+        Raises:
+            ConfigError: The kind or an option is unknown or not allowed, or ranks are to move.
+        """
+        if not self.adapter:
+            return {}
+        options = dict(self.adapter)
+        kind = options.pop("kind", None)
+        if kind not in _ADAPTERS:
+            raise ConfigError(f"adapter.kind={kind!r}; {nearest(str(kind), _ADAPTERS)}")
+        if kind != "lora" and self.make_dynamic() is not None:
+            raise ConfigError(f"adapter.kind={kind!r}: only plain LoRA has ranks that move.")
+        cls = _ADAPTERS[kind]
+        known = [field.name for field in fields(cls) if field.name in cls.__annotations__]
+        for key in options:
+            if key in _BY_PLAN or key not in known:
+                allowed = [name for name in known if name not in _BY_PLAN]
+                raise ConfigError(f"adapter.{key}: not an option; {nearest(key, allowed)}")
+        try:
+            cls(target_modules=["-"], **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"adapter: {error}") from error
+        return {"adapter": kind, **options}
 
 
 def make_method(name: object, options: Mapping[str, Any]) -> Method:

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ def train(
         profile = None
     else:
         plan, profile = make_plan(config, model, data, profile, say)
+        if kind := config.adapter.get("kind"):
+            plan = replace(plan, adapter=kind)
     # a profile that was given cost this run nothing
     made = profile if profile is not given else None
     seconds["profile"] = made.provenance.seconds if made else 0.0
@@ -125,7 +127,7 @@ def train(
     name = model_name(model)
     tracker = _tracker(config, model)
     set_seed(config.seed)  # the adapters' draw must not depend on whether a profile was made
-    adapted = _trainable(model, plan, config.training.dropout)
+    adapted = _trainable(model, plan, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     method = FULL if plan is None else plan.method
     say(f"training {trainable:,} parameters with {method}")
@@ -187,10 +189,12 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) ->
 
 
 def _trainable(
-    model: PreTrainedModel, plan: RankPlan | None, dropout: float
+    model: PreTrainedModel, plan: RankPlan | None, config: RunConfig
 ) -> PeftModel | PreTrainedModel:
     """The model with the plan's adapters; without a plan, the model with every weight to train."""
-    return model.requires_grad_(True) if plan is None else attach(model, plan, dropout=dropout)
+    if plan is None:
+        return model.requires_grad_(True)
+    return attach(model, plan, dropout=config.training.dropout, **config.adapter_options())
 
 
 def _tracker(config: RunConfig, model: nn.Module) -> GradientTracker | None:
