@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from contracts import OneLayer, inputs, train_by_chance_
 from rankwise import ModulePlan, RankPlan, attach, export_lora, export_merged, find_targets
-from rankwise.adapters import RaLoraConfig, save_native
+from rankwise.adapters import LrLoraConfig, RaLoraConfig, save_native
 from rankwise.adapters.export import MODES, Mode
 from rankwise.adapters.readers import (
     READERS,
@@ -353,6 +353,19 @@ class TestNative:
         saved = load_file(tmp_path / "out" / "native" / "adapter_model.safetensors")
         assert {tensor.dim() for tensor in saved.values()} == {3}
         assert "native/" in (tmp_path / "out" / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [
+            (LoraConfig(target_modules=["q_proj"]), "alpha_pattern"),
+            (LrLoraConfig(target_modules=["q_proj"]), "rankwise.load_adapter"),
+        ],
+    )
+    def test_cards_of_other_kinds(self, config: Any, says: str, tmp_path: Path) -> None:
+        save_native(get_peft_model(tiny_llama(), config), tmp_path / "native")
+        card = (tmp_path / "native" / "README.md").read_text()
+        assert says in card
+        assert "folded" not in card
 
     @pytest.mark.parametrize("options", [{}, {"scaling": "function", "rank_scaling": "sqrt_r"}])
     def test_the_cards_recipe_without_rankwise(

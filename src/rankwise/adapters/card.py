@@ -16,9 +16,33 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "this-folder")
 ```
+"""
 
+_FOLDED = """
 The scale is folded into B, so every module's factor is 1. It is read right by {readers}. Zeros that
 pad smaller ranks stay zero in training{native}.
+"""
+
+_AS_TRAINED = """
+A module's update is `alpha / r B A` with its own alpha and r, as `alpha_pattern` and `rank_pattern`
+of `adapter_config.json` say; programs that know only one of each need a padded export:
+`rankwise export`.
+"""
+
+_ELEMENTWISE = """\
+This adapter's updates are `delta_W = s f(B A)` with a learned elementwise function f (LR-LoRA).
+Only rankwise computes them, which registers the kind with PEFT:
+
+```python
+import rankwise
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = rankwise.load_adapter(base, "this-folder")
+```
+
+For other programs `rankwise export --mode merged` writes the whole model, and
+`rankwise export --rank` a plain LoRA that comes as near as its rank allows.
 """
 
 _NATIVE = """\
@@ -68,7 +92,8 @@ def model_card(config: Mapping[str, Any], readers: Sequence[str], *, native: boo
 
     Args:
         config: Content of `adapter_config.json`.
-        readers: Programs that read the scale right.
+        readers: Programs that read the folded scale of an export right; none for an adapter as it
+            was trained.
         native: Whether the trainable original is in `native/`.
     """
     name = config.get("base_model_name_or_path") or "the base model"
@@ -79,6 +104,8 @@ def model_card(config: Mapping[str, Any], readers: Sequence[str], *, native: boo
     lines += ["library_name: peft", "tags: [lora, rankwise]", "---", "", "# Adapter", ""]
     if kind == "RALORA":
         return "\n".join(lines) + "\n" + _NATIVE.format(base=base)
+    if kind == "LRLORA":
+        return "\n".join(lines) + "\n" + _ELEMENTWISE.format(base=base)
     kept = "; the trainable original is in `native/`" if native else ""
-    body = _PLAIN.format(base=base, readers=", ".join(readers), native=kept)
-    return "\n".join(lines) + "\n" + body
+    scale = _FOLDED.format(readers=", ".join(readers), native=kept) if readers else _AS_TRAINED
+    return "\n".join(lines) + "\n" + _PLAIN.format(base=base) + scale
