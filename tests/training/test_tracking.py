@@ -171,7 +171,7 @@ def test_settings(tmp_path: Path) -> None:
         (["track.every=0"], None, "greater than or equal to 1"),
         ([], "loss", "track='loss'; gid"),
         (["method.name=full", "method.r=2"], None, "method.r: full has no options"),
-        (["method.name=full", "plan=p.json"], None, "leave out dynamic and plan"),
+        (["method.name=full", "plan=p.json"], None, "leave out dynamic, plan and adapter"),
         (["method.name=full", "dtype=bfloat16"], None, "needs dtype=float32"),
     ):
         with pytest.raises(ConfigError, match=message):
