@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 import rankwise as rw
 from rankwise.allocation import dividing_blocks
+from rankwise.files import read_json_lines
 from rankwise.provenance import git_commit, versions
 from rankwise.training.config import DataConfig
 from rankwise.training.data import TokenData, load_token_data
@@ -74,18 +75,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def finished(path: Path) -> dict[Cell, dict[str, Any]]:
-    """Results by cell; a last line that a kill cut short is dropped."""
-    done: dict[Cell, dict[str, Any]] = {}
-    if not path.exists():
-        return done
-    text = path.read_text()
-    if not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text)
-    for line in text.splitlines():
-        row = json.loads(line)
-        done[Cell(**row.pop("cell"))] = row
-    return done
+    """Results by cell."""
+    return {Cell(**row.pop("cell")): row for row in read_json_lines(path)}
 
 
 class Task:

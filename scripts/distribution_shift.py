@@ -32,7 +32,7 @@ import rankwise as rw
 from rankwise.experiments.smollm2 import smollm2_folder
 from rankwise.experiments.statistics import compare_with, summarise
 from rankwise.experiments.stdlib_text import write_stdlib_text
-from rankwise.files import write_text
+from rankwise.files import read_json_lines, write_text
 from rankwise.methods import Method
 from rankwise.provenance import git_commit, hardware, versions
 from rankwise.training.config import DataConfig
@@ -252,14 +252,8 @@ def _plan(
 
 
 def _lines(out: Path, settings: Settings | None = None) -> list[dict[str, Any]]:
-    """What was done; a last line that a kill cut off is dropped."""
-    if not out.exists():
-        return []
-    lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        write_text(out, "".join(lines))
-    found = [json.loads(line) for line in lines]
+    """What was done, with these settings if any are given."""
+    found = read_json_lines(out)
     for line in found:
         if settings is not None and line["settings"] != asdict(settings):
             raise SystemExit(f"{out} was made with other settings: {line['settings']}; name a new.")

@@ -35,6 +35,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import rankwise as rw
 from rankwise.adapters import LrLoraLinear
 from rankwise.experiments.tasks import ClassificationTask, TaskData
+from rankwise.files import read_json_lines
 from rankwise.provenance import git_commit, hardware, versions
 from rankwise.targets import Layers, Part
 
@@ -167,18 +168,8 @@ def cell_of(arguments: argparse.Namespace, options: str, seed: int) -> Cell:
 
 
 def finished(path: Path) -> dict[Cell, dict[str, Any]]:
-    """Results by cell; a last line that a kill cut short is dropped."""
-    done: dict[Cell, dict[str, Any]] = {}
-    if not path.exists():
-        return done
-    text = path.read_text()
-    if not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text)
-    for line in text.splitlines():
-        row = json.loads(line)
-        done[Cell(**row.pop("cell"))] = row
-    return done
+    """Results by cell."""
+    return {Cell(**row.pop("cell")): row for row in read_json_lines(path)}
 
 
 def adapted(base: nn.Module, options: Options, lr: float) -> tuple[PeftModel, list[dict[str, Any]]]:

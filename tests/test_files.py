@@ -14,6 +14,7 @@ from rankwise.files import (
     check_replaceable,
     new_folder,
     parse_json,
+    read_json_lines,
     read_tensors,
     read_text,
     write_text,
@@ -189,3 +190,13 @@ class TestNewFolder:
             new_folder(tmp_path / "folder", marker="m"),
         ):
             pytest.fail("the block must not run")
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    assert read_json_lines(path) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    path.write_text('{"a": ')
+    assert read_json_lines(path) == []

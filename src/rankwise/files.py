@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -108,6 +109,20 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{what} {path}: not a whole safetensors file ({error}).") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The rows of a file that finished runs are added to, line by line; none if there is no file.
+
+    A last line that a kill cut short is dropped, from the file as well.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_text(path, whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def write_text(path: Path, text: str) -> None:

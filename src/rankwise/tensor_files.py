@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +19,16 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8
 
 
-def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Replace the metadata of a safetensors file; its tensors are copied as they are.
+def with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file's content with other metadata; its tensors stay as they are.
 
     Keys are sorted: the library writes them in an order that differs from file to file, and files
     of equal content would differ.
     """
-    draft = path.with_name(f".{path.name}.draft")
-    with path.open("rb") as old, draft.open("wb") as new:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        new.write(_header(header | {"__metadata__": dict(sorted(metadata.items()))}))
-        shutil.copyfileobj(old, new)
-    os.replace(draft, path)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    return _header(header) + content[8 + size :]
 
 
 def _header(content: Mapping[str, object]) -> bytes:

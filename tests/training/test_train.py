@@ -203,6 +203,7 @@ def test_the_ranks_of_any_method_carry_another_adapter(place: Path, tmp_path: Pa
     run = train(config(place, tmp_path / "run", method=method, adapter=adapter))
     assert run.record.held_out[-1].loss < run.record.held_out[0].loss
     saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert run.record.method == "water-fill, lr-lora"
     assert saved["peft_type"] == "LRLORA"
     assert (saved["points"], saved["span"]) == (7, 1.0)
     plan = RankPlan.load(tmp_path / "run/plan.json")

@@ -13,7 +13,8 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 
-from rankwise.tensor_files import set_metadata
+from rankwise.files import write_bytes
+from rankwise.tensor_files import with_metadata
 
 FINGERPRINT_KEY = "rankwise_base_fingerprint"
 _ATTRIBUTE = "base_fingerprint"
@@ -35,21 +36,22 @@ def base_fingerprint(model: PeftModel, adapter: str) -> str | None:
 
 
 def write_base_fingerprint(model: PeftModel, weights: Path, adapter: str) -> None:
-    """Put the fingerprint into the header of a saved file; its tensors stay the same.
+    """Put the fingerprint into the header of a file that PEFT saved; its tensors stay the same.
 
     Args:
         model: Whose adapter was saved.
         weights: The safetensors file.
         adapter: Name of the adapter.
     """
-    found = base_fingerprint(model, adapter)
-    if found is None or any(f.name == _ATTRIBUTE for f in fields(model.peft_config[adapter])):
-        return  # there is none, or the configuration has it
-    write_fingerprint(weights, found)
+    if any(field.name == _ATTRIBUTE for field in fields(model.peft_config[adapter])):
+        return  # the configuration has it
+    write_fingerprint(weights, base_fingerprint(model, adapter))
 
 
-def write_fingerprint(weights: Path, fingerprint: str) -> None:
-    """The same for a fingerprint that is known."""
+def write_fingerprint(weights: Path, fingerprint: str | None) -> None:
+    """The same for a fingerprint that is known; None leaves the file as it is."""
+    if fingerprint is None:
+        return
     with safe_open(weights, framework="pt") as file:
-        metadata = file.metadata() or {}
-    set_metadata(weights, metadata | {FINGERPRINT_KEY: fingerprint})
+        metadata = (file.metadata() or {}) | {FINGERPRINT_KEY: fingerprint}
+    write_bytes(weights, with_metadata(weights.read_bytes(), metadata))

@@ -7,7 +7,6 @@ every module's factor is 1 and readers cannot disagree about it.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,13 @@ from rankwise.adapters.base_fingerprint import (
 from rankwise.adapters.block_diagonal import RaLoraLinear
 from rankwise.adapters.card import model_card
 from rankwise.adapters.fuse_lora import why_not_fused
+from rankwise.adapters.parity import (
+    adapter_to_export,
+    compared,
+    example_inputs,
+    outputs_of,
+    twin_of,
+)
 from rankwise.adapters.readers import VLLM_RANKS, readers_that_are_right, vllm_max_rank
 from rankwise.errors import ExportError
 from rankwise.files import check_replaceable, new_folder, parse_json, read_text, write_text
@@ -40,10 +46,6 @@ MODES: tuple[Mode, ...] = ("padded", "compact", "vllm")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 NATIVE_FOLDER = "native"
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Largest difference allowed between the live model's outputs and the exported one's, relative to
-the largest of them: some roundings of the dtype that the model computes in."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def export_lora(
         raise ExportError(f"mode={mode!r} must be one of {', '.join(map(repr, MODES))}.")
     folder = Path(folder)
     check_replaceable(folder, marker=CONFIG_FILE)
-    adapter = _adapter_to_export(model, adapter)
+    adapter = adapter_to_export(model, adapter)
     factors = {name: _factors(name, layer, adapter) for name, layer in _layers(model, adapter)}
     config, factors = _laid_out(model, adapter, factors, mode)
     tensors = _other_tensors(model, adapter, mode)
@@ -147,9 +149,8 @@ def export_lora(
     with new_folder(folder, marker=CONFIG_FILE) as draft:
         config.save_pretrained(str(draft))
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
-        if (base := base_fingerprint(model, adapter)) is not None:
-            write_fingerprint(draft / WEIGHTS_FILE, base)
-        error = _check_lora(_twin(model, adapter), draft, example)
+        write_fingerprint(draft / WEIGHTS_FILE, base_fingerprint(model, adapter))
+        error = _check_lora(twin_of(model, adapter), draft, example)
         exported = Exported(
             folder,
             mode,
@@ -191,22 +192,22 @@ def export_merged(
     """
     folder = Path(folder)
     check_replaceable(folder, marker="config.json")
-    adapter = _adapter_to_export(model, adapter)
+    adapter = adapter_to_export(model, adapter)
     base = model.get_base_model()
     if not hasattr(base, "save_pretrained"):
         raise ExportError(f"a {type(base).__name__} has no save_pretrained; merge it yourself.")
     if getattr(base, "is_quantized", False):
         raise ExportError("the base is quantised; attach the adapter to the full-precision model.")
     inputs = example_inputs(base) if example is None else example
-    twin = _twin(model, adapter)
-    live = _outputs(twin, inputs)
+    twin = twin_of(model, adapter)
+    live = outputs_of(twin, inputs)
     merged = twin.merge_and_unload(safe_merge=True)
     with new_folder(folder, marker="config.json") as draft:
         merged.save_pretrained(str(draft))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(draft))
         loaded = type(base).from_pretrained(str(draft), dtype=base.dtype)  # type: ignore[attr-defined]
-        error = _compared(live, _outputs(loaded.to(base.device), inputs), "the merged model")
+        error = compared(live, outputs_of(loaded.to(base.device), inputs), "the merged model")
     return Exported(folder, "merged", error=error)
 
 
@@ -219,7 +220,7 @@ def save_native(model: PeftModel, folder: str | Path, adapter: str | None = None
         adapter: Which; default: the active one.
     """
     folder = Path(folder)
-    adapter = _adapter_to_export(model, adapter)
+    adapter = adapter_to_export(model, adapter)
     model.save_pretrained(str(folder), selected_adapters=[adapter])
     if adapter != "default":  # PEFT puts other names into a folder of their own
         for file in (folder / adapter).iterdir():
@@ -227,43 +228,6 @@ def save_native(model: PeftModel, folder: str | Path, adapter: str | None = None
         (folder / adapter).rmdir()
     write_base_fingerprint(model, folder / WEIGHTS_FILE, adapter)
     write_text(folder / "README.md", model_card(_as_read(folder), (), native=False))
-
-
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Two sequences of random tokens, by the model's configuration.
-
-    Raises:
-        ExportError: The configuration names no vocabulary.
-    """
-    config: Any = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None)
-    if not isinstance(size, int):
-        raise ExportError(
-            f"a {type(model).__name__} names no vocabulary to draw inputs from; pass example=, the "
-            "keyword arguments of its forward pass."
-        )
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    tokens = torch.randint(size, (2, 8), generator=generator).to(device)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    return inputs
-
-
-def _adapter_to_export(model: PeftModel, adapter: str | None) -> str:
-    if not isinstance(model, PeftModel):
-        raise ExportError(f"a {type(model).__name__} has no adapters; pass the model of attach().")
-    if adapter is None:
-        active = model.active_adapters
-        if len(active) != 1:
-            raise ExportError(f"adapters {active} are active; name one: adapter={active[0]!r}.")
-        adapter = active[0]
-    if adapter not in model.peft_config:
-        raise ExportError(f"adapter={adapter!r}: there are only {', '.join(model.peft_config)}.")
-    if any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer)):
-        raise ExportError("an adapter is merged into the base; call model.unmerge_adapter() first.")
-    return adapter
 
 
 def _layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, BaseTunerLayer]]:
@@ -368,36 +332,7 @@ def _as_read(folder: Path) -> dict[str, Any]:
 def _check_lora(twin: PeftModel, draft: Path, example: Mapping[str, Any] | None) -> float:
     """The exported adapter in plain PEFT against the live one; consumes the model."""
     inputs = example_inputs(twin.get_base_model()) if example is None else example
-    live = _outputs(twin, inputs)
+    live = outputs_of(twin, inputs)
     with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it loads one
         loaded = PeftModel.from_pretrained(twin.unload(), str(draft))
-    return _compared(live, _outputs(loaded, inputs), "the exported adapter")
-
-
-def _twin(model: PeftModel, adapter: str) -> PeftModel:
-    """A copy with one adapter active, so that the live model stays as it is."""
-    twin = copy.deepcopy(model).eval()
-    twin.set_adapter(adapter)
-    return twin
-
-
-def _compared(live: Tensor, found: Tensor, what: str) -> float:
-    scale = float(live.abs().max()) or 1.0
-    error = float((live.double() - found.double()).abs().max()) / scale
-    tolerance = TOLERANCES[live.dtype]
-    if not error <= tolerance:
-        raise ExportError(
-            f"outputs of {what} differ from the live model's by {error:.1e} of the largest, more "
-            f"than {tolerance:.0e}; nothing was written."
-        )
-    return error
-
-
-def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Logits, or whatever tensor comes first, in evaluation mode."""
-    with torch.no_grad():
-        output: Any = model.eval()(**inputs)
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else output[0]
+    return compared(live, outputs_of(loaded, inputs), "the exported adapter")

@@ -7,7 +7,6 @@ the loss matters, export merged weights, which are exact.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from rankwise.adapters import options
 from rankwise.adapters.elementwise import LrLoraLinear
-from rankwise.adapters.export import CONFIG_FILE, Exported, Mode, example_inputs, export_lora
+from rankwise.adapters.export import CONFIG_FILE, Exported, Mode, export_lora
+from rankwise.adapters.parity import adapter_to_export, example_inputs, outputs_of, twin_of
 from rankwise.errors import ExportError
 from rankwise.files import check_replaceable, new_folder, write_text
 from rankwise.targets import exact_target_modules
@@ -93,17 +93,17 @@ def export_truncated(
     except ValueError as error:
         raise ExportError(str(error)) from error
     check_replaceable(Path(folder), marker=CONFIG_FILE)
-    adapter = adapter or str(model.active_adapters[0])
+    adapter = adapter_to_export(model, adapter)
     twin = _lr_lora_copy(model, adapter)
     inputs = example_inputs(twin.get_base_model()) if example is None else example
     factors, errors = _truncated(twin, adapter, rank, tolerance)
     _refuse(errors, rank, tolerance)
-    live = _logits(twin, inputs)
+    live = outputs_of(twin, inputs).double()
     with twin.disable_adapter():
-        bare = _logits(twin, inputs)
+        bare = outputs_of(twin, inputs).double()
     plain = _as_lora(twin, adapter, factors)
     moved = float((live - bare).abs().max())
-    off = float((live - _logits(plain, inputs)).abs().max())
+    off = float((live - outputs_of(plain, inputs).double()).abs().max())
     with new_folder(Path(folder), marker=CONFIG_FILE) as draft:
         exported = export_lora(plain, draft / "lora", mode=mode, example=inputs)
         for file in (draft / "lora").iterdir():
@@ -119,8 +119,6 @@ def export_truncated(
 
 def _lr_lora_copy(model: PeftModel, adapter: str) -> PeftModel:
     """A copy in evaluation mode with the one adapter active."""
-    if adapter not in model.peft_config:
-        raise ExportError(f"adapter={adapter!r}: there are only {', '.join(model.peft_config)}.")
     config: Any = model.peft_config[adapter]
     layers = [m for m in model.modules() if isinstance(m, LrLoraLinear) and m.has_adapter(adapter)]
     if not layers:
@@ -129,11 +127,7 @@ def _lr_lora_copy(model: PeftModel, adapter: str) -> PeftModel:
         )
     if config.bias != "none":
         raise ExportError(f"bias={config.bias!r}: trained biases need merged weights.")
-    if any(layer.merged for layer in layers):
-        raise ExportError("an adapter is merged into the base; call model.unmerge_adapter() first.")
-    twin = copy.deepcopy(model).eval()
-    twin.set_adapter(adapter)
-    return twin
+    return twin_of(model, adapter)
 
 
 def _truncated(
@@ -200,12 +194,3 @@ def _as_lora(
             layer.lora_A["default"].weight.copy_(a)
             layer.lora_B["default"].weight.copy_(b)
     return plain.eval()
-
-
-def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
-        output: Any = model(**inputs)
-    if isinstance(output, Tensor):
-        return output.double()
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits.double()

@@ -130,6 +130,8 @@ def train(
     adapted = _trainable(model, plan, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     method = FULL if plan is None else plan.method
+    if kind := config.adapter.get("kind"):
+        method = f"{method}, {kind}"
     say(f"training {trainable:,} parameters with {method}")
     dynamic = None if plan is None else _dynamic(config, plan)
     curves = fit(config, adapted, tokenizer, data, seconds, say, dynamic, tracker)
