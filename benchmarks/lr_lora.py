@@ -134,9 +134,9 @@ def _factorised(quick: bool) -> list[Row]:
 
 
 @torch.no_grad()
-def _in_range_(layer: LrLoraLinear, radius: float) -> None:
+def _in_range_(layer: LrLoraLinear, radius: float, amplitude: float = 0.3) -> None:
     """A trained-looking f, and factors with `max ||b_i|| max ||a_j||` the radius."""
-    layer.lrlora_amplitude["default"].weight.normal_(std=0.3)
+    layer.lrlora_amplitude["default"].weight.normal_(std=amplitude)
     a, b = layer.factors("default")
     b.mul_(radius / (b.norm(dim=1).max() * a.norm(dim=0).max()))
 
@@ -176,7 +176,8 @@ def _step(quick: bool) -> list[Row]:
         _trained_by_chance_(model)
         for layer in model.modules():
             if radius and isinstance(layer, LrLoraLinear):
-                _in_range_(layer, radius)
+                # larger ones destroy the model, and its gradients become denormal numbers
+                _in_range_(layer, radius, amplitude=0.001)
         if compiled:
             rw.compile_lr_lora_(model)
 

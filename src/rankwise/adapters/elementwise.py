@@ -28,6 +28,7 @@ from rankwise.adapters.transfer import (
     factorisation,
     factorised_linear,
     grid_points,
+    largest_norms,
     transfer_linear,
 )
 
@@ -213,17 +214,21 @@ class LrLoraLinear(DeltaLayer):
             columns = dropout(torch.ones(self.in_features, device=x.device))
         a, b = self.factors(adapter)
         f, scale = self.transfer(adapter), self.scaling[adapter]
-        rest: dict[str, Any] = {"weight": weight, "bias": bias, "columns": columns}
-        way = None
+        rest: dict[str, Any] = {
+            "scale": scale, "weight": weight, "bias": bias, "columns": columns
+        }  # fmt: skip
+        way, radius = None, -1.0
         if x.dtype == torch.float32 and not torch.compiler.is_compiling():
-            way = factorisation(f, a.detach(), b.detach(), x.numel() // self.in_features)
+            fixed = a.detach(), b.detach()
+            norms = largest_norms(*fixed)
+            way = factorisation(f, *fixed, x.numel() // self.in_features, norms)
+            radius = math.prod(norms)
         if self.training:
             self.lrlora_passes[adapter][0 if way is None else 1] += 1
         if way is None:
-            return transfer_linear(
-                x, a, b, f, scale=scale, evaluation=self.lrlora_evaluation, **rest
-            )
-        return factorised_linear(x, a, b, f, way, scale=scale, **rest)
+            evaluation = self.lrlora_evaluation
+            return transfer_linear(x, a, b, f, evaluation=evaluation, radius=radius, **rest)
+        return factorised_linear(x, a, b, f, way, **rest)
 
     def add_delta(
         self,

@@ -15,7 +15,7 @@ from rankwise import LrLoraConfig, compile_lr_lora_
 from rankwise.adapters.transfer import compiled
 from rankwise.adapters.transfer.compiled import CompiledPolynomial
 from rankwise.adapters.transfer.evaluators import Cells, Direct
-from rankwise.adapters.transfer.function import evaluator
+from rankwise.adapters.transfer.passes import evaluator
 from transfer_samples import relative_error, sample
 
 
@@ -43,12 +43,19 @@ def test_it_agrees_with_the_formulas(basis: Any, radius: float) -> None:
         assert basis != "sinc", "the expansion is short enough"
         return
     exact = Direct(f.wide(), torch.float64)
-    u = torch.linspace(-radius, radius, 4000)
-    upstream = torch.randn(4000, generator=torch.Generator().manual_seed(0))
-    assert relative_error(used.value(u * used.scale), exact.value(u)) < 2e-6
-    found = used.backward(u * used.scale, upstream)
-    for part, right in zip(found, exact.backward(u, upstream), strict=True):
-        assert relative_error(part, right) < 2e-6
+    u = torch.linspace(-radius, radius, 4000).view(50, 80)
+    draw = torch.Generator().manual_seed(0)
+    upstream, base = torch.randn(50, 80, generator=draw), torch.randn(50, 80, generator=draw)
+    for options in ({}, {"base": base, "scale": 0.5}):
+        found, right = (u * used.scale, upstream.clone()), (u.double(), upstream.double())
+        value, expected = found[0].clone(), right[0].clone()
+        used.value_(value, **options)
+        exact.value_(expected, **options)
+        assert relative_error(value, expected) < 2e-6
+        used.backward_(*found, **options)
+        exact.backward_(*right, **options)
+        for part, other in zip(found, right, strict=True):
+            assert relative_error(part, other) < 2e-6
     for part, right in zip(used.gradients(), exact.gradients(), strict=True):
         assert (part is None) == (right is None)
         assert right is None or relative_error(part, right) < 1e-5
@@ -57,7 +64,7 @@ def test_it_agrees_with_the_formulas(basis: Any, radius: float) -> None:
 def test_two_kernels_serve_all_degrees(traced: list[Callable[..., Any]]) -> None:
     f = sample(dtype=torch.float32)
     for radius in (0.001, 0.01, 0.02, 0.4, 0.5, 0.6):
-        evaluator(f, radius, torch.float32, "compiled").value(torch.zeros(5))
+        evaluator(f, radius, torch.float32, "compiled").value_(torch.zeros(3, 5))
     assert len(traced) == 2
 
 

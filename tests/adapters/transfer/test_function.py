@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dense_tensors import DenseTensors
@@ -16,9 +18,16 @@ from rankwise.adapters.transfer import (
     GridKind,
     Transfer,
     evaluate,
+    passes,
     transfer_linear,
 )
-from rankwise.adapters.transfer.function import backward_pass, forward_pass
+from rankwise.adapters.transfer.passes import (
+    Merge,
+    backward_pass,
+    forward_pass,
+    layer_evaluator,
+    tiles,
+)
 from transfer_samples import GRIDS, NAMES, sample
 
 CASES = [
@@ -119,16 +128,46 @@ def large_layer() -> tuple[Tensor, Tensor, Tensor, Transfer, Tensor]:
     return x, a.requires_grad_(), b.requires_grad_(), f, torch.randn(SIZE)
 
 
-def test_no_more_than_two_dense_matrices_live_at_a_time() -> None:
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> passes._Scratch:
+    """Memory that no test before has used."""
+    monkeypatch.setattr(passes, "_scratch", passes._Scratch())
+    return passes._scratch
+
+
+def test_no_more_than_two_dense_matrices_live_at_a_time(scratch: passes._Scratch) -> None:
     x, a, b, f, weight = large_layer()
-    parameters = (x, a, b, f.amplitude, f.bandwidth, f.grid, weight)
-    rest = ("sinc", f.span, 1.0, "auto")
+    merge = Merge(weight, 1.0, None)
     with torch.no_grad(), DenseTensors(weight) as seen:
-        output = forward_pass(*parameters, None, None, *rest)  # type: ignore[arg-type]
+        output, used = forward_pass(x, a, b, f, merge, None, "auto", -1.0)
         assert seen.peak == 1
-        results = backward_pass(output, *parameters, None, *rest, True, True)  # type: ignore
+        backward_pass(output, x, a, b, used, merge, for_input=True, for_adapter=True)
         assert seen.peak == 2
-    assert [result.shape for result in results] == [p.shape for p in parameters[:6]]  # type: ignore
+
+
+def test_layers_in_turn_use_the_same_memory(scratch: passes._Scratch) -> None:
+    x, a, b, f, weight = large_layer()
+    with torch.inference_mode():  # whose own memory could not be written outside of it
+        first = transfer_linear(x, a, b, f, scale=1.0, weight=weight)
+    (used,) = scratch.held.values()
+    smaller = transfer_linear(x, a, b[:99], f, scale=1.0, weight=weight[:99])
+    smaller.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(transfer_linear(x, a, b, f, scale=1.0, weight=weight), first)
+    torch.testing.assert_close(smaller, first[:, :99])
+    assert len(scratch.held) == 2 and scratch.held[0, torch.float32] is used
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 100))
+def test_tiles_cover_every_entry_once(rows: int, columns: int, size: int) -> None:
+    _, a, b, f, _ = large_layer()
+    used = layer_evaluator(f, a.detach(), b.detach(), "auto", -1.0)
+    used.block = size
+    matrix = torch.zeros(rows, columns)
+    for tile in tiles(used, matrix):
+        assert matrix[tile].numel() <= size and matrix[tile].is_contiguous()
+        matrix[tile] += 1
+    assert (matrix == 1).all()
 
 
 def test_nothing_of_the_size_of_the_weight_is_saved() -> None:

@@ -1,8 +1,9 @@
 """Learned elementwise functions of a low-rank matrix, and linear layers through them.
 
 `bases.py` holds the formulas, `grids.py` the grids, `expansion.py` the way to a cost that does not
-grow with K, `evaluators.py` what runs over the entries, `function.py` the differentiable layer,
-`factorised.py` the one for small ranges, which forms no matrix of the size of W.
+grow with K, `evaluators.py` and `compiled.py` what runs over the entries, `passes.py` the layer's
+forward and backward pass, `function.py` and, in traces, `operator.py` their autograd,
+`factorised.py` the layer for small ranges, which forms no matrix of the size of W.
 """
 
 from rankwise.adapters.transfer.bases import BASES, BasisName, ParameterGradients, Transfer
@@ -11,14 +12,9 @@ from rankwise.adapters.transfer.factorised import (
     factorisation,
     factorised_linear,
 )
-from rankwise.adapters.transfer.function import (
-    Evaluation,
-    evaluate,
-    evaluator,
-    gradients,
-    transfer_linear,
-)
+from rankwise.adapters.transfer.function import evaluate, gradients, transfer_linear
 from rankwise.adapters.transfer.grids import GridKind, grid_points
+from rankwise.adapters.transfer.passes import Evaluation, evaluator, largest_norms
 
 __all__ = [
     "BASES",
@@ -34,5 +30,6 @@ __all__ = [
     "factorised_linear",
     "gradients",
     "grid_points",
+    "largest_norms",
     "transfer_linear",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -16,36 +18,70 @@ Adjoint = Callable[[Tensor], ParameterGradients]
 
 
 class Evaluator(ABC):
-    """Evaluates f; made for one call, because it gathers the gradients of the parameters.
+    """Evaluates f in place; made for one call, because it gathers the gradients of the parameters.
 
     Attributes:
         scale: Entries come multiplied by it, because factors of U are scaled more cheaply than U.
-        block: Entries at a time that stay in a core's own cache with all temporaries.
+        block: Entries at a time. One less than torch gives to a second thread: the operations of a
+            block are too short to wait for another thread between any two of them, and their
+            temporaries stay in a core's own cache.
     """
 
     scale: float = 1.0
-    block: int = 2**14
-
-    def room(self, count: int, like: Tensor) -> Tensor:
-        """A vector for the next entries; it saves a copy to put them there."""
-        return torch.empty(count, dtype=like.dtype, device=like.device)
+    block: int = 2**15 - 1
 
     @abstractmethod
-    def value(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """`f(u)` at `v = scale u`, a new tensor."""
+    def fresh(self) -> Self:
+        """The same function with no gradients gathered yet."""
 
     @abstractmethod
-    def backward(
-        self, v: Float[Tensor, " n"], upstream: Float[Tensor, " n"]
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """`f(u)` and `upstream f'(u)`, new tensors.
+    def value_(
+        self, v: Float[Tensor, "rows n"], *, base: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        """Replace `v` by `base + scale f(u)`."""
+
+    @abstractmethod
+    def backward_(
+        self,
+        v: Float[Tensor, "rows n"],
+        upstream: Float[Tensor, "rows n"],
+        *,
+        base: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Replace `v` by `upstream f'(u)`, and `upstream` by `base + scale f(u)`.
 
         Adds `sum upstream df(u)/dtheta` to the parameters' gradients.
         """
 
     @abstractmethod
     def gradients(self) -> ParameterGradients:
-        """What the calls of `backward` added up to, in fp64."""
+        """What the calls of `backward_` added up to, in fp64."""
+
+
+class _Moments(Evaluator):
+    """Gathers moments, from which the adjoint of its coefficients makes the gradients."""
+
+    moments: Tensor
+    adjoint: Adjoint
+
+    def fresh(self) -> Self:
+        """The same function with no gradients gathered yet."""
+        new = copy.copy(self)
+        new.moments = torch.zeros_like(self.moments)
+        return new
+
+    def gradients(self) -> ParameterGradients:
+        """The gradients gathered so far."""
+        return self.adjoint(self.moments)
+
+
+def _write(values: Tensor, base: Tensor | None, scale: float, out: Tensor) -> None:
+    """`out = base + scale values`, rounded once."""
+    if base is None:
+        torch.mul(values, scale, out=out)
+    else:
+        torch.add(base, values, alpha=scale, out=out)
 
 
 class Direct(Evaluator):
@@ -58,19 +94,25 @@ class Direct(Evaluator):
         self.f, self.dtype, self.basis = f, dtype, BASES[f.basis]
         self.total: list[Tensor | None] = [None, None, None]
 
+    def fresh(self) -> Self:
+        """The same function with no gradients gathered yet."""
+        return type(self)(self.f, self.dtype)
+
     def _chunks(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         size = max(1, self.BLOCK // len(self.f.amplitude))
         return list(zip(*(t.double().split(size) for t in tensors), strict=True))
 
-    def value(self, v: Tensor) -> Tensor:
-        """`f(u)`."""
-        parts = [self.basis.value(chunk, self.f) for (chunk,) in self._chunks(v)]
-        return torch.cat(parts).to(self.dtype)
+    def value_(self, v: Tensor, *, base: Tensor | None = None, scale: float = 1.0) -> None:
+        """`base + scale f(u)`."""
+        parts = [self.basis.value(chunk, self.f) for (chunk,) in self._chunks(v.reshape(-1))]
+        _write(torch.cat(parts).to(self.dtype).view_as(v), base, scale, v)
 
-    def backward(self, v: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """`f(u)` and `upstream f'(u)`."""
+    def backward_(
+        self, v: Tensor, upstream: Tensor, *, base: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        """`upstream f'(u)` and `base + scale f(u)`."""
         values, slopes = [], []
-        for chunk, weight in self._chunks(v, upstream):
+        for chunk, weight in self._chunks(v.reshape(-1), upstream.reshape(-1)):
             values.append(self.basis.value(chunk, self.f))
             slopes.append(weight * self.basis.slope(chunk, self.f))
             parts = self.basis.gradients(chunk, weight, self.f)
@@ -78,7 +120,8 @@ class Direct(Evaluator):
                 part if total is None or part is None else total + part
                 for total, part in zip(self.total, parts, strict=True)
             ]
-        return torch.cat(values).to(self.dtype), torch.cat(slopes).to(self.dtype)
+        v.copy_(torch.cat(slopes).view_as(v))
+        _write(torch.cat(values).to(self.dtype).view_as(v), base, scale, upstream)
 
     def gradients(self) -> ParameterGradients:
         """The gradients gathered so far."""
@@ -87,7 +130,7 @@ class Direct(Evaluator):
         return ParameterGradients(amplitude, bandwidth, grid)
 
 
-class Polynomial(Evaluator):
+class Polynomial(_Moments):
     """A polynomial of `v = u / R`, `|v| <= 1`.
 
     Args:
@@ -111,52 +154,46 @@ class Polynomial(Evaluator):
         # 2 v times the last, which is one operation
         order = torch.arange(len(powers), device=powers.device)
         self.signs = 1.0 - 2.0 * (order % 4 >= 2).double()
-        self.coefficients, self.slopes = ((c * self.signs).to(dtype) for c in chebyshev)
+        self.chebyshev = chebyshev
         self.scale, self.adjoint = 1 / radius, adjoint
         self.moments = torch.zeros_like(powers)
-        # the rows, the weight and four results fill half of a cache of 2 MiB
-        self.block = 2**18 // (len(powers) + 5)
-        self.rows: Tensor | None = None
+        self._signed: list[tuple[float, float]] = []
 
-    def room(self, count: int, like: Tensor) -> Tensor:
-        """The row of `T_1(v) = v`."""
-        if self.rows is None or self.rows.shape[1] != count:
-            shape = (len(self.powers), count)
-            self.rows = torch.empty(shape, dtype=like.dtype, device=like.device)
-            self.rows[0] = 1
-        return self.rows[1]
-
-    def value(self, v: Tensor) -> Tensor:
-        """`f(u)` by Horner's rule, one pass over the entries a degree."""
+    def value_(self, v: Tensor, *, base: Tensor | None = None, scale: float = 1.0) -> None:
+        """`base + scale f(u)` by Horner's rule, one pass over the entries a degree."""
         *rest, before, last = self.powers.unbind()
         result = torch.addcmul(before, v, last)
         for coefficient in reversed(rest):
             torch.addcmul(coefficient, result, v, out=result)
-        return result
+        _write(result, base, scale, v)
 
-    def backward(self, v: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """`f(u)`, `upstream f'(u)` and the moments from one set of rows."""
-        first = self.room(len(v), v)
-        if v.data_ptr() != first.data_ptr():
-            first.copy_(v)
-        assert self.rows is not None
-        for j in range(2, len(self.rows)):
-            two = 2.0 if j % 2 else -2.0
-            torch.addcmul(self.rows[j - 2], self.rows[j - 1], first, value=two, out=self.rows[j])
-        value = torch.mv(self.rows.T, self.coefficients)
-        slope = torch.mv(self.rows.T, self.slopes).mul_(upstream)
-        # a matrix-vector product would add thousands of terms one after the other; `sum` adds them
-        # in pairs and keeps two digits more where they cancel
-        sums = self.rows[1:].mul_(upstream).sum(dim=1)
-        self.moments += torch.cat([upstream.sum()[None], sums]) * self.signs
-        return value, slope
+    def backward_(
+        self, v: Tensor, upstream: Tensor, *, base: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        """`upstream f'(u)`, `base + scale f(u)` and the moments, from the `T_j(v)` in turn."""
+        if not self._signed:
+            values, slopes = (c * self.signs for c in self.chebyshev)
+            self._signed = list(zip(values.tolist(), slopes.tolist(), strict=True))
+        flat = upstream.reshape(-1)
+        (c, s), *coefficients = self._signed
+        value, slope = torch.full_like(v, c), torch.full_like(v, s)
+        sums, rows = [flat.sum()], [torch.ones_like(v), v]
+        for j, (c, s) in enumerate(coefficients, start=1):
+            if j > 1:
+                before, now = rows
+                two = 2.0 if j % 2 else -2.0
+                out = None if before is v else before
+                rows = [now, torch.addcmul(before, now, v, value=two, out=out)]
+            row = rows[1]
+            value.add_(row, alpha=c)
+            slope.add_(row, alpha=s)
+            sums.append(torch.dot(row.view(-1), flat))
+        self.moments += torch.stack(sums) * self.signs
+        torch.mul(slope, upstream, out=v)
+        _write(value, base, scale, upstream)
 
-    def gradients(self) -> ParameterGradients:
-        """The gradients gathered so far."""
-        return self.adjoint(self.moments)
 
-
-class Cells(Evaluator):
+class Cells(_Moments):
     """Cubics on equal cells: with `s = scale u + shift`, in `s - floor(s)` on cell `floor(s)`.
 
     The cell and its variable are found in fp64: in fp32 the whole part of s would cost the
@@ -181,28 +218,28 @@ class Cells(Evaluator):
         index = s.long().clamp_(max=cells - 1)
         return index, (s - index).to(u.dtype)
 
-    def value(self, v: Tensor) -> Tensor:
-        """`f(u)`."""
-        index, t = self._locate(v)
+    def value_(self, v: Tensor, *, base: Tensor | None = None, scale: float = 1.0) -> None:
+        """`base + scale f(u)`."""
+        index, t = self._locate(v.reshape(-1))
         c0, c1, c2, c3 = (row.index_select(0, index) for row in self.table)
-        return c3.mul_(t).add_(c2).mul_(t).add_(c1).mul_(t).add_(c0)
+        values = c3.mul_(t).add_(c2).mul_(t).add_(c1).mul_(t).add_(c0)
+        _write(values.view_as(v), base, scale, v)
 
-    def backward(self, v: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """`f(u)`, `upstream f'(u)` and the moments of every cell."""
-        index, t = self._locate(v)
+    def backward_(
+        self, v: Tensor, upstream: Tensor, *, base: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        """`upstream f'(u)`, `base + scale f(u)` and the moments of every cell."""
+        index, t = self._locate(v.reshape(-1))
         c0, c1, c2, c3 = (row.index_select(0, index) for row in self.table)
         # Horner's rule for the cubic and, one step behind, for its derivative
         inner = torch.addcmul(c2, c3, t)
         outer = torch.addcmul(c1, inner, t)
         slope = torch.addcmul(outer, torch.addcmul(inner, c3, t), t)
         value = torch.addcmul(c0, outer, t)
-        weight, wide = upstream.double(), t.double()
+        weight, wide = upstream.reshape(-1).double(), t.double()
         for m, total in enumerate(self.moments):
             if m:
                 weight = weight * wide
             total += torch.bincount(index, weight, minlength=len(total))
-        return value, slope.mul_(self.steps).mul_(upstream)
-
-    def gradients(self) -> ParameterGradients:
-        """The gradients gathered so far."""
-        return self.adjoint(self.moments)
+        torch.mul(slope.mul_(self.steps).view_as(v), upstream, out=v)
+        _write(value.view_as(v), base, scale, upstream)

@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise.adapters.transfer.bases import BASES, BasisName, Transfer
+from rankwise.adapters.transfer.bases import BASES, BasisName, ParameterGradients, Transfer
 from rankwise.adapters.transfer.expansion import MIN_RADIUS, power_map, rounded_reach
-from rankwise.adapters.transfer.function import refuse_second
+from rankwise.adapters.transfer.function import once_differentiable
+from rankwise.adapters.transfer.passes import largest_norms
 
 TRUNCATION = 1e-6
 """Largest error of `p`, in units of the sum of the amplitudes' sizes (or of 1, for `"sine"`)."""
@@ -52,7 +53,11 @@ class _Monomials(NamedTuple):
 
 
 def factorisation(
-    f: Transfer, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"], tokens: int
+    f: Transfer,
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    tokens: int,
+    norms: tuple[float, float] | None = None,
 ) -> Factorised | None:
     """Whether p(B A) is close enough to f(B A) and cheaper, and its degree; None if not.
 
@@ -65,10 +70,11 @@ def factorisation(
         a: Factor A.
         b: Factor B.
         tokens: Rows of the input.
+        norms: What `largest_norms` says of the factors, if it was asked already.
     """
     if a.dtype != torch.float32 or f.basis == "spline":
         return None
-    radius_a, radius_b = (float(n) for n in (a.norm(dim=0).max(), b.norm(dim=1).max()))
+    radius_a, radius_b = largest_norms(a, b) if norms is None else norms
     reach = BASES[f.basis].reach(f, max(radius_a * radius_b, MIN_RADIUS))
     if not math.isfinite(reach):
         return None
@@ -135,7 +141,7 @@ def factorised_linear(
 
 
 @lru_cache(maxsize=64)
-def _monomials(r: int, degree: int) -> tuple[_Monomials, ...]:
+def _monomials(r: int, degree: int, device: torch.device) -> tuple[_Monomials, ...]:
     """Degrees 2 to `degree`, in rising order of variables."""
     found: list[_Monomials] = []
     below: dict[tuple[int, ...], int] = {(k,): k for k in range(r)}
@@ -147,19 +153,30 @@ def _monomials(r: int, degree: int) -> tuple[_Monomials, ...]:
         ]
         found.append(
             _Monomials(
-                torch.tensor([below[name[:-1]] for name in names]),
-                torch.tensor([name[-1] for name in names]),
-                torch.tensor(counts),
+                torch.tensor([below[name[:-1]] for name in names], device=device),
+                torch.tensor([name[-1] for name in names], device=device),
+                torch.tensor(counts, device=device),
             )
         )
         below = {name: i for i, name in enumerate(names)}
     return tuple(found)
 
 
+@lru_cache(maxsize=64)
 def _spans(r: int, degree: int) -> list[slice]:
     """Where the monomials of each degree, 0 to `degree`, stand."""
     ends = [0, *(math.comb(r + d, d) for d in range(degree + 1))]
     return [slice(*pair) for pair in pairwise(ends)]
+
+
+@lru_cache(maxsize=64)
+def _counts(r: int, degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of every monomial its degree, and its multinomial coefficient in a column."""
+    spans, steps = _spans(r, degree), _monomials(r, degree, device)
+    ones = torch.ones(1 + r if degree else 1, device=device)
+    counts = torch.cat([ones, *(step.multiplicity for step in steps)])
+    sizes = torch.tensor([span.stop - span.start for span in spans], device=device)
+    return torch.arange(degree + 1, device=device).repeat_interleave(sizes), counts[:, None]
 
 
 def khatri_rao(rows: Float[Tensor, "r d"], degree: int) -> Float[Tensor, "m d"]:
@@ -169,9 +186,8 @@ def khatri_rao(rows: Float[Tensor, "r d"], degree: int) -> Float[Tensor, "m d"]:
     out[0] = 1
     if degree:
         out[spans[1]] = rows
-    for d, step in enumerate(_monomials(r, degree), start=2):
-        parent, last = step.parent.to(rows.device), step.last.to(rows.device)
-        torch.mul(out[spans[d - 1]][parent], rows[last], out=out[spans[d]])
+    for d, step in enumerate(_monomials(r, degree, rows.device), start=2):
+        torch.mul(out[spans[d - 1]][step.parent], rows[step.last], out=out[spans[d]])
     return out
 
 
@@ -182,47 +198,52 @@ def khatri_rao_adjoint(
     r, gradient, degree = len(rows), torch.zeros_like(rows), 0
     while math.comb(r + degree, degree) < len(powers):
         degree += 1
-    spans, steps = _spans(r, degree), _monomials(r, degree)
+    spans, steps = _spans(r, degree), _monomials(r, degree, rows.device)
     for d in range(degree, 1, -1):
-        parent, last = (index.to(rows.device) for index in steps[d - 2][:2])
+        parent, last, _ = steps[d - 2]
         part = upstream[spans[d]]
         gradient.index_add_(0, last, part * powers[spans[d - 1]][parent])
         upstream[spans[d - 1]].index_add_(0, parent, part * rows[last])
     return gradient.add_(upstream[spans[1]]) if degree else gradient
 
 
+class _Polynomial:
+    """p as a function of the monomials: few numbers, found once for both passes."""
+
+    def __init__(self, f: Transfer, way: Factorised, r: int) -> None:
+        self.f, self.way, device = f.wide(), way, f.amplitude.device
+        nodes, self.matrix = (part.to(device) for part in power_map(way.degree))
+        self.nodes = nodes * (way.radius_a * way.radius_b)
+        self.degrees, self.counts = _counts(r, way.degree, device)
+        coefficients = self.matrix @ BASES[f.basis].value(self.nodes, self.f)
+        self.weights = coefficients[self.degrees][:, None] * self.counts
+
+    def gradients(self, sums: Float[Tensor, "m 1"]) -> ParameterGradients:
+        """By f's parameters, from those by the weights."""
+        sums = sums.double() * self.counts
+        moments = sums.new_zeros(len(self.nodes)).index_add_(0, self.degrees, sums[:, 0])
+        return BASES[self.f.basis].gradients(self.nodes, moments @ self.matrix, self.f)
+
+
 class _Factors:
     """The two factors of `p(B A)`, and the way back from their gradients."""
 
-    def __init__(self, a: Tensor, b: Tensor, f: Transfer, way: Factorised) -> None:
-        self.way, self.f = way, f.wide()
-        nodes, self.matrix = (part.to(a.device) for part in power_map(way.degree))
-        self.nodes = nodes * (way.radius_a * way.radius_b)
-        self.rows_a, self.rows_b = a / way.radius_a, b.T / way.radius_b
-        r, degree = len(a), way.degree
-        self.spans = _spans(r, degree)
-        ones = torch.ones(1 + r if degree else 1, device=a.device)
-        counts = [step.multiplicity.to(a.device) for step in _monomials(r, degree)]
-        self.counts = torch.cat([ones, *counts])[:, None]
-        sizes = torch.tensor([span.stop - span.start for span in self.spans], device=a.device)
-        coefficients = self.matrix @ BASES[f.basis].value(self.nodes, self.f)
-        weights = coefficients.repeat_interleave(sizes)[:, None] * self.counts
-        self.weights = weights.to(a.dtype)
-        self.powers_a = khatri_rao(self.rows_a, degree)
-        self.powers_b = khatri_rao(self.rows_b, degree)
+    def __init__(self, a: Tensor, b: Tensor, p: _Polynomial) -> None:
+        self.p, self.weights = p, p.weights.to(a.dtype)
+        self.rows_a, self.rows_b = a / p.way.radius_a, b.T / p.way.radius_b
+        self.powers_a = khatri_rao(self.rows_a, p.way.degree)
+        self.powers_b = khatri_rao(self.rows_b, p.way.degree)
 
     def weighted_b(self, scale: float) -> Tensor:
         """The right factor `(m, d_out)`, with coefficients and scale."""
         return self.powers_b * (self.weights * scale)
 
-    def adjoint(self, grad_a: Tensor, grad_b: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def adjoint(self, grad_a: Tensor, grad_b: Tensor) -> tuple[Tensor, Tensor, ParameterGradients]:
         """From `d/d powers_a` and `d/d weighted_b(1)` to A, B and the parameters of f."""
-        sums = (grad_b * self.powers_b).sum(dim=1, keepdim=True).double() * self.counts
-        moments = torch.stack([sums[span].sum() for span in self.spans])
-        parameters = BASES[self.f.basis].gradients(self.nodes, moments @ self.matrix, self.f)
-        a = khatri_rao_adjoint(self.rows_a, self.powers_a, grad_a) / self.way.radius_a
+        parameters = self.p.gradients((grad_b * self.powers_b).sum(dim=1, keepdim=True))
+        a = khatri_rao_adjoint(self.rows_a, self.powers_a, grad_a) / self.p.way.radius_a
         weighted = grad_b.mul_(self.weights)
-        b = khatri_rao_adjoint(self.rows_b, self.powers_b, weighted) / self.way.radius_b
+        b = khatri_rao_adjoint(self.rows_b, self.powers_b, weighted) / self.p.way.radius_b
         return a, b.T, parameters
 
 
@@ -236,12 +257,14 @@ class _Linear(torch.autograd.Function):
             raise RuntimeError(
                 "factorised_linear has no gradient for weight, bias or columns; freeze them."
             )
-        basis, span, way, scale = ctx.fixed = fixed
+        basis, span, way, ctx.scale = fixed
         with torch.autocast(x.device.type, enabled=False):
-            factors = _Factors(a, b, Transfer(basis, span, amplitude, bandwidth, grid), way)
+            f = Transfer(basis, span, amplitude, bandwidth, grid)
+            ctx.polynomial = _Polynomial(f, way, len(a))
+            factors = _Factors(a, b, ctx.polynomial)
             left = factors.powers_a if columns is None else factors.powers_a * columns
             flat = x.reshape(-1, x.shape[-1])
-            z, right = flat @ left.T, factors.weighted_b(scale)
+            z, right = flat @ left.T, factors.weighted_b(ctx.scale)
             if weight is None:
                 out = z @ right if bias is None else torch.addmm(bias, z, right)
             else:
@@ -251,20 +274,18 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # may be had once only
         with torch.no_grad():
-            results = _Linear.gradients(ctx, grad)
-        if not torch.is_grad_enabled():
-            return results
-        inputs = [t for t in (grad, *ctx.saved_tensors) if t is not None and t.requires_grad]
-        return tuple(r if r is None else _Once.apply(r, *inputs) for r in results)
+            results = _Linear.gradients(ctx, saved, grad)
+        return once_differentiable(results, (grad, *saved))
 
     @staticmethod
-    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """By x, A, B and the parameters of f."""
-        x, z, a, b, amplitude, bandwidth, grid, weight, columns = ctx.saved_tensors
-        (basis, span, way, scale), needs = ctx.fixed, ctx.needs_input_grad
+        x, z, a, b, amplitude, bandwidth, grid, weight, columns = saved
+        scale, needs = ctx.scale, ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            factors = _Factors(a, b, Transfer(basis, span, amplitude, bandwidth, grid), way)
+            factors = _Factors(a, b, ctx.polynomial)
             left = factors.powers_a if columns is None else factors.powers_a * columns
             flat, back = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             u = back @ factors.weighted_b(scale).T
@@ -283,15 +304,3 @@ class _Linear(torch.autograd.Function):
             part.to(p.dtype) if part is not None and need else None for part, p, need in like
         ]
         return (grad_x, d_a, d_b, *parameters, *[None] * 4)
-
-
-class _Once(torch.autograd.Function):
-    """Nothing, but that a second derivative is refused rather than left out."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        refuse_second(ctx, *grads)
