@@ -7,17 +7,25 @@ from html import escape
 import plotly.graph_objects as go
 
 from rankwise.report.comparison_view import (
-    SIGNIFICANT,
     ComparisonRow,
     ComparisonView,
     SummaryView,
     best_first,
 )
+from rankwise.report.comparison_words import (
+    extent,
+    interval,
+    probability,
+    rate,
+    remarks,
+    signed,
+    table_title,
+)
 from rankwise.report.labels import plain
 from rankwise.report.plots import SYMBOLS, Variant, axis, line, shape_layout, variant
 from rankwise.report.tables import data_cell, table
 from rankwise.report.views import Report
-from rankwise.report.words import joined, loss, short, whole
+from rankwise.report.words import loss, whole
 
 _READING = (
     "Means over seeds on the test part, each with its 95 % interval (Student). The difference is "
@@ -37,7 +45,7 @@ def comparison_tables(comparison: ComparisonView) -> str:
     """One table a task and budget, best mean first, what has no result last."""
     parts = [
         f'<p class="reading">{_READING}</p>',
-        f'<p class="reading">{escape(_foot(comparison))}</p>',
+        f'<p class="reading">{escape(extent(comparison))}</p>',
     ]
     columns = [
         "method",
@@ -56,21 +64,8 @@ def comparison_tables(comparison: ComparisonView) -> str:
         cells = [(row.label, _cells(row)) for row in ranked]
         parts.append(f"<h3>{escape(title)}</h3>")
         parts.append(table(columns, cells, kind="cards", caption=title))
-        rest = [row for row in rows if row.summary is None or row.status != "finished"]
-        parts += [
-            f'<p class="reading">{escape(row.label)}: {escape(row.status)}.</p>' for row in rest
-        ]
+        parts += [f'<p class="reading">{escape(remark)}</p>' for remark in remarks(rows)]
     return "\n".join(parts)
-
-
-def table_title(first: ComparisonRow, rows: list[ComparisonRow]) -> str:
-    """Task, metric, which way is better, and the budget."""
-    budget = next((row.budget for row in rows if row.budget is not None), None)
-    size = "" if budget is None else f", {whole(budget)} parameters"
-    better = "lower" if first.lower_is_better else "higher"
-    return (
-        f"{first.task}: {first.metric}, {better} is better; budget of LoRA r = {first.rank}{size}"
-    )
 
 
 def parameter_variants(report: Report) -> list[Variant]:
@@ -121,98 +116,29 @@ def _curve(rows: list[ComparisonRow], series: int) -> go.Scatter:
     )
 
 
-def takeaways(report: Report) -> list[str]:
-    """What each comparison found, in one paragraph that claims no more than its tests."""
-    return [_takeaway(comparison) for comparison in report.comparisons]
-
-
-def _takeaway(comparison: ComparisonView) -> str:
-    words = [f"{comparison.title}: {_foot(comparison)}"]
-    for rows in comparison.tables.values():
-        ranked = best_first(rows)
-        if not ranked:
-            continue
-        first = ranked[0]
-        assert first.summary is not None
-        against = [row for row in ranked if row.against is not None]
-        holding = [row for row in against if _p(row) < SIGNIFICANT]
-        words.append(
-            f"{first.task} at the budget of r = {first.rank}: the best mean {first.metric} is "
-            f"{loss(first.summary.mean)} ({first.label})."
-        )
-        if against:
-            names = f": {joined([row.label for row in holding])}" if 0 < len(holding) <= 4 else ""
-            words.append(
-                f"{len(holding)} of {len(against)} methods differ from {comparison.reference} "
-                f"after Holm's correction (p < {SIGNIFICANT:g}){names}."
-            )
-    return " ".join(words)
-
-
-def next_of(comparison: ComparisonView) -> tuple[str, str]:
-    """What to do next, and a command or an empty string."""
-    if comparison.finished < comparison.cells:
-        return (
-            "Next: finish the comparison; what is done is kept.",
-            "rankwise compare experiment.yaml",
-        )
-    edge = list(dict.fromkeys(row.label for row in comparison.rows if row.at_edge))
-    if edge:
-        return (
-            f"Next: widen the grid of learning rates, at whose edge {joined(edge[:4])} ended.",
-            "rankwise compare experiment.yaml 'learning_rates=[...]'",
-        )
-    return "Next: train with the method you chose.", "rankwise train run.yaml"
-
-
-def _foot(comparison: ComparisonView) -> str:
-    machines = joined(comparison.hardware) if comparison.hardware else "no machine yet"
-    return (
-        f"{whole(comparison.finished)} of {whole(comparison.cells)} runs finished, "
-        f"{short(comparison.hours)} hours of computing on {machines}."
-    )
-
-
-def _p(row: ComparisonRow) -> float:
-    p = None if row.against is None else row.against.holm_p
-    return 1.0 if p is None else p
-
-
 def _cells(row: ComparisonRow) -> list[str]:
     assert row.summary is not None
     against = row.against
     return [
         data_cell(row.size, whole) + ("†" if row.matched is False else ""),
-        data_cell(row.learning_rate, _rate) + ("!" if row.at_edge else ""),
+        data_cell(row.learning_rate, rate) + ("!" if row.at_edge else ""),
         data_cell(row.summary.mean, loss),
         _interval(row.summary),
-        data_cell(None if against is None else against.difference.mean, _signed),
-        "–" if against is None else _interval(against.difference, signed=True),
-        data_cell(None if against is None else against.holm_p, _probability),
+        data_cell(None if against is None else against.difference.mean, signed),
+        "–" if against is None else _interval(against.difference, with_sign=True),
+        data_cell(None if against is None else against.holm_p, probability),
         f"{data_cell(len(row.values), whole)} of {data_cell(row.wanted, whole)}",
     ]
 
 
-def _interval(summary: SummaryView, *, signed: bool = False) -> str:
+def _interval(summary: SummaryView, *, with_sign: bool = False) -> str:
     if summary.low is None or summary.high is None:
         return "–"
-    show = _signed if signed else loss
+    show = signed if with_sign else loss
     return f"{data_cell(summary.low, show)} to {data_cell(summary.high, show)}"
 
 
 def _span(summary: SummaryView) -> str:
-    if summary.low is None or summary.high is None:
+    if summary.low is None:
         return "one seed"
-    return plain(f"{loss(summary.low)} to {loss(summary.high)}, {summary.count} seeds")
-
-
-def _rate(value: float) -> str:
-    return f"{value:g}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _probability(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return plain(f"{interval(summary)}, {summary.count} seeds")

@@ -16,7 +16,7 @@ from rankwise import __version__
 from rankwise.errors import FileError
 from rankwise.files import read_text, write_text
 from rankwise.report.card import write_card
-from rankwise.report.comparison import next_of, takeaways
+from rankwise.report.comparison_words import next_of, takeaways
 from rankwise.report.health import health
 from rankwise.report.heatmaps import heatmap_groups, share_cells
 from rankwise.report.load import load_report

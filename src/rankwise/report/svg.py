@@ -1,4 +1,4 @@
-"""A heatmap as a small static SVG, for model cards and notebooks: no script, no network."""
+"""Small static SVGs for model cards and notebooks, and the heatmap: no script, no network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from html import escape
 from rankwise.report.grid import Grid, HeatSource, paint
 from rankwise.report.measures import Measure
 
+INK = "#1b1f24"
+"""Of texts."""
 # nine even steps of cividis, which reads the same with and without colour vision
 _CIVIDIS = (
     (0, 32, 76),
@@ -56,14 +58,18 @@ def heatmap_svg(source: HeatSource, measure: Measure) -> str | None:
     ends = measure.show(min(known, default=0)), measure.show(max(known, default=0))
     unit = measure.unit if base is None else f"{measure.unit}, logarithmic"
     legend = _legend(bottom + 20, unit, ends)
-    title = f"{measure.label} of {source.label}"
+    body = f'<g fill="{INK}">{_texts(grid, height, bottom)}</g>{"".join(cells)}{legend}'
+    return drawing(f"{measure.label} of {source.label}", width, bottom + _BOTTOM, body)
+
+
+def drawing(title: str, width: int, height: int, body: str) -> str:
+    """A whole SVG with its title, on its own light ground."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + _BOTTOM}" '
-        f'width="{width}" height="{bottom + _BOTTOM}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img" '
         'font-family="sans-serif" font-size="11">'
         f"<title>{escape(title)}</title>"
-        '<rect width="100%" height="100%" fill="#ffffff"/>'
-        f'<g fill="#1b1f24">{_texts(grid, height, bottom)}</g>{"".join(cells)}{legend}</svg>'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>{body}</svg>'
     )
 
 
@@ -84,13 +90,13 @@ def _texts(grid: Grid, height: int, bottom: int) -> str:
     every = -(-14 // height)  # rows between two labels, so that they do not overlap
     rows = "".join(
         f'<text x="{_LEFT - 6}" y="{_TOP + (i + 0.5) * height + 4:g}" text-anchor="end">'
-        f"{escape(_cut(label, 9))}</text>"
+        f"{escape(cut(label, 9))}</text>"
         for i, label in enumerate(grid.rows)
         if i % every == 0
     )
     columns = "".join(
         f'<text x="{_LEFT + (j + 0.5) * _CELL_WIDTH:g}" y="{_TOP - 6}" text-anchor="middle">'
-        f"{escape(_cut(label, 10))}</text>"
+        f"{escape(cut(label, 10))}</text>"
         for j, label in enumerate(grid.columns)
     )
     return f'{rows}{columns}<text x="{_LEFT - 6}" y="{_TOP - 6}" text-anchor="end">layer</text>'
@@ -102,11 +108,12 @@ def _legend(y: int, unit: str, ends: tuple[str, str]) -> str:
         for i in range(16)
     )
     return (
-        f'{steps}<g fill="#1b1f24"><text x="{_LEFT - 6}" y="{y + 9}" text-anchor="end">'
+        f'{steps}<g fill="{INK}"><text x="{_LEFT - 6}" y="{y + 9}" text-anchor="end">'
         f'{escape(ends[0])}</text><text x="{_LEFT + 166}" y="{y + 9}">{escape(ends[1])} '
         f"{escape(unit)}</text></g>"
     )
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
+    """At most so many characters, the last an ellipsis where some are left out."""
     return text if len(text) <= length else text[: length - 1] + "…"
