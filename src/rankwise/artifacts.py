@@ -21,6 +21,9 @@ EVENTS_FILE = "rank_events.json"
 RESULTS_FILE = "results.json"
 """What tells the folder of a comparison."""
 
+EXPERIMENT_FILE = "experiment.json"
+"""Of a comparison, written before its first run."""
+
 ArtifactKind = Literal["profile", "plan", "run", "record", "adapter", "comparison"]
 
 _FOLDERS: dict[str, ArtifactKind] = {
@@ -56,6 +59,11 @@ def recognise(path: Path) -> ArtifactKind:
         for marker, kind in _FOLDERS.items():
             if (path / marker).is_file():
                 return kind
+        if (path / EXPERIMENT_FILE).is_file():
+            raise FileError(
+                f"{path}: is a comparison that has no {RESULTS_FILE} yet; rankwise compare writes "
+                "it at its end, and with --table at once."
+            )
         raise FileError(
             f"{path}: holds no {', '.join(list(_FOLDERS)[:-1])} or {list(_FOLDERS)[-1]}; name a "
             "profile, a run, an adapter, a comparison or a plan."

@@ -1,4 +1,4 @@
-"""What a saved plan, profile, run record or adapter contains, as text."""
+"""What a saved plan, profile, run record, adapter or comparison contains, as text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rankwise.artifacts import PLAN_FILE, RECORD_FILE, read_adapter_config, recognise
+from rankwise.artifacts import (
+    PLAN_FILE,
+    RECORD_FILE,
+    RESULTS_FILE,
+    read_adapter_config,
+    recognise,
+)
 from rankwise.errors import FileError
 from rankwise.plan import RankPlan
 from rankwise.profile_tables import compare_profiles, profile_table
 from rankwise.profiling import GradientProfile
 from rankwise.records import RunRecord
+from rankwise.report.comparison_inspection import describe_comparison
 from rankwise.tables import layer_table, make_table, render
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,7 +43,7 @@ def describe(path: Path) -> str:
     if kind == "plan":
         return str(RankPlan.load(path))
     if kind == "comparison":
-        raise FileError(f"{path}: is a comparison; rankwise report shows it.")
+        return describe_comparison(path / RESULTS_FILE if path.is_dir() else path)
     return _describe_run(path)
 
 

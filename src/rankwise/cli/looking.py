@@ -12,7 +12,8 @@ from rankwise.cli.app import COLUMN_HELP, stderr, stdout
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A plan, profile, run or adapter: a file or a folder.")
+        Path,
+        typer.Argument(help="A plan, profile, run, adapter or comparison: a file or a folder."),
     ],
     column: Annotated[
         str | None, typer.Option(help=f"Of a profile. {COLUMN_HELP}", show_default=False)
@@ -21,7 +22,7 @@ def inspect(
         Path | None, typer.Option(help="Of a profile: another one to hold it against.")
     ] = None,
 ) -> None:
-    """Show what a saved plan, profile, run record or adapter contains."""
+    """Show what a saved plan, profile, run record, adapter or comparison contains."""
     from rankwise.inspection import describe, describe_profile
 
     if column is None and compare is None:

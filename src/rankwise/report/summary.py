@@ -37,8 +37,10 @@ def comparison_texts(comparison: ComparisonView) -> list[str]:
     parts = []
     for rows in comparison.tables.values():
         cells = [short_cells(row, comparison.reference) for row in best_first(rows)]
-        table = make_table(COLUMNS, cells, title=table_title(rows[0], rows))
-        parts.append("\n".join([render(table), *(f"  {remark}" for remark in remarks(rows))]))
+        lines = [table_title(rows[0], rows)]
+        if cells:
+            lines.append(render(make_table(COLUMNS, cells)))
+        parts.append("\n".join([*lines, *(f"  {remark}" for remark in remarks(rows))]))
     return parts
 
 
