@@ -18,6 +18,7 @@ from rankwise.plan import RankPlan
 from rankwise.report import write_report
 from rankwise.report.load import load_report
 from rankwise.report.update_view import view_of_adapter
+from rankwise.report.words import short
 from report_samples import Page, make_profile, numbers, save_run
 from training_samples import (
     make_analysis,
@@ -74,6 +75,10 @@ def test_the_json_is_what_the_run_recorded(made: tuple[Path, Page, dict[str, Any
         assert (shown["module"], shown["step"]) == (function["module"], function["step"])
         assert (shown["u"], shown["f"]) == (function["u"], function["f"])
         assert {key: shown[key] for key in ("edges", "counts")} == function["histogram"]
+        at = run["learned"]["steps"].index(shown["step"])
+        assert shown["f0"] == run["learned"]["modules"][shown["module"]]["f0"][at]
+        assert shown["bends"][0] is None
+        assert shown["bends"][1:] == [value - shown["f0"] for value in shown["f"][1:]]
     for key in ("at", "loss", "seed", "parameters", "tokens", "cosine", "parameter_norm"):
         assert run["landscape"][key] == read["landscape"][key]
     assert run["landscape"]["solution"] == run["landscape"]["lowest"] == 2.5
@@ -131,7 +136,36 @@ def test_plots_draw_the_json(made: tuple[Path, Page, dict[str, Any]]) -> None:
     bars, *lines = plots["functions"][0]["figure"]["data"]
     assert bars["y"] == [20, 80, 7] and sum(bars["width"]) == 2
     assert [trace["name"] for trace in lines] == ["f, step 0", "f, step 10"]
+    _check_bends(plots["functions"], run["learned"]["functions"])
     assert plots["landscape"][0]["figure"]["data"][0]["z"] == run["landscape"]["loss"]
+
+
+def _check_bends(variants: list[Any], functions: list[dict[str, Any]]) -> None:
+    """Each module's f is followed by the same without f(0), over the same bars."""
+    plain, bent = variants[0], variants[1]
+    name = functions[0]["module"]
+    assert [v["label"] for v in variants[:2]] == [name, f"{name}, without f(0)"]
+    (bars, *_), (same, *lines) = (v["figure"]["data"] for v in (plain, bent))
+    assert bars == same
+    own = [f for f in functions if f["module"] == name]
+    assert [trace["y"] for trace in lines] == [f["bends"] for f in own]
+    assert [trace["name"] for trace in lines] == ["f − f(0), step 0", "f − f(0), step 10"]
+    assert f"which is {short(own[-1]['f0'])} at step 10" in bent["reading"]
+    assert bent["figure"]["layout"]["yaxis2"]["title"]["text"] == "f(u) − f(0)"
+
+
+def test_a_function_whose_constant_was_not_recorded_is_shown_with_it(tmp_path: Path) -> None:
+    save_everything(tmp_path / "run")
+    path = tmp_path / "run" / "analysis.json"
+    analysis = json.loads(path.read_text())
+    for step in analysis["steps"]:
+        for module in step["modules"].values():
+            module["f0"] = None
+    path.write_text(json.dumps(analysis))
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    variants = Page(tmp_path / "report.html").data("figures")["plots"]["functions"]
+    names = list(dict.fromkeys(f["module"] for f in analysis["functions"]))
+    assert [v["label"] for v in variants] == names
 
 
 def test_many_modules_are_shown_by_kind(tmp_path: Path) -> None:

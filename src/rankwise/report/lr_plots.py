@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import plotly.graph_objects as go
 
@@ -10,11 +11,14 @@ from rankwise.report.plots import Variant, axis, line, shape_layout, variant
 from rankwise.report.training_plots import lines, named, which
 from rankwise.report.training_views import FunctionView
 from rankwise.report.views import Report
-from rankwise.report.words import percent
+from rankwise.report.words import percent, short
 
 
 def function_variants(report: Report) -> list[Variant]:
-    """LR-LoRA's f at every recorded step over the histogram of U, one variant a module."""
+    """LR-LoRA's f at every recorded step over the histogram of U, two variants a module.
+
+    The second is without f(0), which soon is so much larger than the rest that it hides it.
+    """
     runs = [run for run in report.runs if run.learned is not None and run.learned.functions]
     found = []
     for run in runs:
@@ -29,43 +33,47 @@ def function_variants(report: Report) -> list[Variant]:
                     f" {percent(run.learned.factorised)} of all recorded updates went through "
                     "factors, without forming U."
                 )
-            found.append(variant(named(run, runs, name), words, _functions(functions)))
+            figure = _functions(functions, "f", [(f.step, f.u, f.f) for f in functions])
+            found.append(variant(named(run, runs, name), words, figure))
+            known = [f for f in functions if f.bends]
+            if known:
+                bends = [(f.step, f.u, f.bends) for f in known]
+                words = _BENDS.format(f0=short(known[-1].f0 or 0.0), step=f"{known[-1].step:,}")
+                figure = _functions(functions, "f − f(0)", bends)
+                found.append(variant(named(run, runs, f"{name}, without f(0)"), words, figure))
     return found
 
 
-def _functions(functions: Sequence[FunctionView]) -> go.Figure:
-    last = functions[-1]
-    widths = [right - left for left, right in zip(last.edges, last.edges[1:], strict=False)]
-    bars = go.Bar(
-        x=last.edges[:-1],
-        y=last.counts,
-        width=widths,
-        offset=0,
-        name=f"entries of U, step {last.step:,}",
-        opacity=0.35,
-        meta={"soft": True},
-        hovertemplate="U from %{x:.3g}: %{y:,} entries<extra></extra>",
-    )
-    curves = [
-        line(
-            function.u,
-            function.f,
-            f"f, step {function.step:,}",
-            series,
-            mode="lines",
-            yaxis="y2",
-            hovertemplate="%{fullData.name}<br>f(%{x:.3g}) = %{y:.3g}<extra></extra>",
-        )
-        for series, function in enumerate(functions)
-    ]
+def _functions(
+    functions: Sequence[FunctionView],
+    what: str,
+    curves: Sequence[tuple[int, list[float], list[float | None]]],
+) -> go.Figure:
+    """Curves of `what` as (step, u, values) over the histogram of the last step."""
     figure = shape_layout(
-        go.Figure([bars, *curves]),
+        go.Figure(
+            [
+                _histogram(functions[-1]),
+                *(
+                    line(
+                        u,
+                        values,
+                        f"{what}, step {step:,}",
+                        series,
+                        mode="lines",
+                        yaxis="y2",
+                        hovertemplate="%{fullData.name}<br>u = %{x:.3g}<br>%{y:.3g}<extra></extra>",
+                    )
+                    for series, (step, u, values) in enumerate(curves)
+                ),
+            ]
+        ),
         axis("u, an entry of U = B·A"),
         axis("entries of U", side="right", showgrid=False, tickformat=",d"),
     )
     figure.update_layout(
         yaxis2=axis(
-            "f(u)",
+            what.replace("f", "f(u)", 1),
             overlaying="y",
             side="left",
             tickmode="auto",
@@ -75,6 +83,20 @@ def _functions(functions: Sequence[FunctionView]) -> go.Figure:
         bargap=0,
     )
     return figure
+
+
+def _histogram(function: FunctionView) -> go.Bar:
+    edges = function.edges
+    return go.Bar(
+        x=edges[:-1],
+        y=function.counts,
+        width=[right - left for left, right in pairwise(edges)],
+        offset=0,
+        name=f"entries of U, step {function.step:,}",
+        opacity=0.35,
+        meta={"soft": True},
+        hovertemplate="U from %{x:.3g}: %{y:,} entries<extra></extra>",
+    )
 
 
 def learned_variants(report: Report) -> list[Variant]:
@@ -131,4 +153,9 @@ _FUNCTION = (
     "entries of U lie there at the last of them. Only where there are bars does the shape matter: "
     "a straight line through 0 would be plain LoRA, bends are what it adds, and a flat line adds "
     "one constant to every weight."
+)
+_BENDS = (
+    "The same without the constant f(0), which is {f0} at step {step} and moves every weight "
+    "alike. A straight line through 0 would be plain LoRA, bends are what LR-LoRA adds; hold the "
+    "left axis against the constant to see how much either is."
 )

@@ -172,12 +172,25 @@ def learned_view(analysis: Analysis) -> LearnedView | None:
         mean_by_kind={
             key: _means({name: curves[key] for name, curves in modules.items()}) for key in LEARNED
         },
-        functions=[
-            FunctionView(f.module, f.step, f.u, f.f, f.histogram.edges, f.histogram.counts)
-            for f in sorted(analysis.functions, key=lambda f: f.step)
-        ],
+        functions=_functions(analysis),
         factorised=sum(known) / len(known) if known else None,
     )
+
+
+def _functions(analysis: Analysis) -> list[FunctionView]:
+    """In the order of the steps, each with what it is without its constant."""
+    constants = {
+        (step.step, name): module.f0
+        for step in analysis.steps
+        for name, module in step.modules.items()
+    }
+    found = []
+    for f in sorted(analysis.functions, key=lambda f: f.step):
+        f0 = constants.get((f.step, f.module))
+        bends = [] if f0 is None else [None if value is None else value - f0 for value in f.f]
+        edges, counts = f.histogram.edges, f.histogram.counts
+        found.append(FunctionView(f.module, f.step, f.u, f.f, f0, bends, edges, counts))
+    return found
 
 
 def landscape_view(landscape: Landscape) -> LandscapeView | None:

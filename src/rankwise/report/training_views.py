@@ -58,12 +58,25 @@ class TrackingView:
 
 @dataclass(frozen=True)
 class FunctionView:
-    """LR-LoRA's f of one module at one step, and the histogram of the entries of U."""
+    """LR-LoRA's f of one module at one step, and the histogram of the entries of U.
+
+    Attributes:
+        module: Its name.
+        step: Optimizer steps taken.
+        u: Where f was evaluated.
+        f: Its values there, None where not finite.
+        f0: `f(0)`; None where it was not recorded.
+        bends: `f(u) - f(0)`; empty where `f0` is None.
+        edges: Of the histogram.
+        counts: Between neighbouring edges.
+    """
 
     module: str
     step: int
     u: list[float]
     f: list[float | None]
+    f0: float | None
+    bends: list[float | None]
     edges: list[float]
     counts: list[int]
 
