@@ -17,7 +17,7 @@ from report_samples import make_profile
 KINDS = ("attn.q_proj", "attn.k_proj", "mlp.down_proj")
 FIRST, SECOND = "model.layers", "decoder.blocks"
 PLANS = {
-    FIRST: (Lora(r=5), LsLora(r=8), RaLora(r=4), Gard(r=8)),
+    FIRST: (Lora(r=4), LsLora(r=8), RaLora(r=4), Gard(r=8)),
     SECOND: (LoraGid(r=4), WaterFill(r=8)),
 }
 
@@ -133,5 +133,7 @@ def test_the_plans_can_be_told_apart(document: tuple[Path, dict[str, Any]]) -> N
         for module in profile["modules"].values()
     ]
     assert len(set(spectra)) == len(spectra) == 3 * 3 + 3 * 4
-    ranks = [tuple(m["rank"] for m in p["modules"].values()) for p in record["plans"]]
-    assert len(set(ranks)) == 6
+    shapes = [
+        tuple((m["rank"], m["blocks"]) for m in p["modules"].values()) for p in record["plans"]
+    ]
+    assert len(set(shapes)) == 6
