@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankwise.cli.app import COLUMN_HELP, stderr, stdout
+
+if TYPE_CHECKING:
+    from rankwise.training.config import RunConfig
+
+Targets = Annotated[
+    str,
+    typer.Option(
+        help="'all-linear', a regular expression, or names separated by commas (q_proj,v_proj)."
+    ),
+]
+Statistics = Annotated[
+    str,
+    typer.Option(
+        help="More to measure, separated by commas: gram (for gard), fisher, convergence."
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="hooks, sweep (layer by layer: less memory, more time) or auto, which chooses."
+    ),
+]
+KeepGradients = Annotated[
+    bool,
+    typer.Option(
+        "--keep-gradients",
+        help="Save the mean gradients as well, 4 bytes a weight; merging profiles needs them.",
+    ),
+]
+Earlier = Annotated[
+    Path | None,
+    typer.Option(help="An earlier profile of the same modules, to hold the new one against."),
+]
 
 
 def profile(
@@ -16,12 +49,7 @@ def profile(
         str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a hub data set id.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the profile.")],
-    targets: Annotated[
-        str,
-        typer.Option(
-            help="'all-linear', a regular expression, or names separated by commas (q_proj,v_proj)."
-        ),
-    ] = "all-linear",
+    targets: Targets = "all-linear",
     batches: Annotated[int, typer.Option(help="Batches to average.", min=1)] = 8,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens in a sequence.", min=2)] = 512,
@@ -30,30 +58,11 @@ def profile(
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
-    statistics: Annotated[
-        str,
-        typer.Option(
-            help="More to measure, separated by commas: gram (for gard), fisher, convergence."
-        ),
-    ] = "",
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="hooks, sweep (layer by layer: less memory, more time) or auto, which chooses."
-        ),
-    ] = "auto",
-    keep_gradients: Annotated[
-        bool,
-        typer.Option(
-            "--keep-gradients",
-            help="Save the mean gradients as well, 4 bytes a weight; merging profiles needs them.",
-        ),
-    ] = False,
+    statistics: Statistics = "",
+    engine: Engine = "auto",
+    keep_gradients: KeepGradients = False,
     column: Annotated[str, typer.Option(help=COLUMN_HELP)] = "gid",
-    compare: Annotated[
-        Path | None,
-        typer.Option(help="An earlier profile of the same modules, to hold the new one against."),
-    ] = None,
+    compare: Earlier = None,
 ) -> None:
     """Measure the gradients of every layer on your data, without training.
 
@@ -64,21 +73,11 @@ def profile(
         torchrun --nproc-per-node=2 -m rankwise.cli profile ...
     """
     from rankwise.profile_tables import check_column
-    from rankwise.training.config import validate
     from rankwise.training.profile_run import ProfileSettings, run_profile
 
     check_column(column)
-    config = validate(
-        {
-            "model": model,
-            "output": str(out),
-            "targets": _targets(targets),
-            "dtype": dtype,
-            "seed": seed,
-            "data": {"train": data, "max_length": max_length, "packing": packing},
-        },
-        "profile",
-    )
+    read = {"train": data, "max_length": max_length, "packing": packing}
+    config = _run_config(model, out, read, targets=targets, dtype=dtype, seed=seed)
     settings = ProfileSettings(
         batches=batches,
         batch_size=batch_size,
@@ -92,6 +91,23 @@ def profile(
     if shown is not None:
         stdout.print(shown)
         stderr.print(f"profile saved to {out}; next: rankwise plan {out}")
+
+
+def _run_config(
+    model: str, out: Path, data: dict[str, Any], *, targets: str, dtype: str, seed: int
+) -> RunConfig:
+    """The settings as a run file would say them, so that they are checked in one place."""
+    from rankwise.training.config import validate
+
+    document = {
+        "model": model,
+        "output": str(out),
+        "targets": _targets(targets),
+        "dtype": dtype,
+        "seed": seed,
+        "data": data,
+    }
+    return validate(document, "profile")
 
 
 def plan(

@@ -19,41 +19,57 @@ def health(report: Report) -> list[Check]:
 
 
 def _profile(profile: ProfileView) -> list[Check]:
-    p, subject = profile.provenance, profile.label
+    return [*_batches(profile), *_modules(profile), *_circumstances(profile), _settled(profile)]
+
+
+def _batches(profile: ProfileView) -> list[Check]:
+    p = profile.provenance
     seen = p["batches"] + len(p["dropped_batches"]) + len(p["unlabelled_batches"])
-    without = sum(module.gradient_norm == 0 for module in profile.modules.values())
-    partly = sum(0 < m.zero_batches < p["batches"] for m in profile.modules.values())
-    checks = [
+    return [
         Check(
-            subject,
+            profile.label,
             "dropped batches",
             f"{len(p['dropped_batches'])} of {seen}",
             not p["dropped_batches"],
             "A batch with a NaN or an infinity counts for no module.",
         ),
         Check(
-            subject,
+            profile.label,
             "batches without a label",
             f"{len(p['unlabelled_batches'])} of {seen}",
             not p["unlabelled_batches"],
             "They have no loss, so they are left out.",
         ),
+    ]
+
+
+def _modules(profile: ProfileView) -> list[Check]:
+    modules, batches = profile.modules.values(), profile.provenance["batches"]
+    without = sum(module.gradient_norm == 0 for module in modules)
+    partly = sum(0 < module.zero_batches < batches for module in modules)
+    return [
         Check(
-            subject,
+            profile.label,
             "modules without gradient",
-            f"{without} of {len(profile.modules)}",
+            f"{without} of {len(modules)}",
             not without,
             "No batch reached them (an unused expert, a frozen path): they cannot be planned from.",
         ),
         Check(
-            subject,
+            profile.label,
             "modules that some batches missed",
-            f"{partly} of {len(profile.modules)}",
+            f"{partly} of {len(modules)}",
             not partly,
             "Their mean gradient holds zeros for those batches.",
         ),
+    ]
+
+
+def _circumstances(profile: ProfileView) -> list[Check]:
+    p = profile.provenance
+    return [
         Check(
-            subject,
+            profile.label,
             "dtype of the model",
             str(p["dtype"]),
             p["dtype"] in _PRECISE,
@@ -61,24 +77,23 @@ def _profile(profile: ProfileView) -> list[Check]:
             "of one dtype.",
         ),
         Check(
-            subject,
+            profile.label,
             "dropout while measuring",
             "on" if p["train_mode"] else "off",
             not p["train_mode"],
             "On, it adds noise to every gradient.",
         ),
     ]
-    curve = profile.convergence
-    settled = Check(
-        subject,
-        "enough batches",
-        "not measured" if curve is None else "yes" if curve.settled else "profile more",
-        None if curve is None else curve.settled,
-        "rankwise profile --statistics convergence measures it."
-        if curve is None
-        else curve.verdict[:1].upper() + curve.verdict[1:] + ".",
-    )
-    return [*checks, settled]
+
+
+def _settled(profile: ProfileView) -> Check:
+    curve, what = profile.convergence, "enough batches"
+    if curve is None:
+        remedy = "rankwise profile --statistics convergence measures it."
+        return Check(profile.label, what, "not measured", None, remedy)
+    verdict = curve.verdict[:1].upper() + curve.verdict[1:] + "."
+    found = "yes" if curve.settled else "profile more"
+    return Check(profile.label, what, found, curve.settled, verdict)
 
 
 def _run(run: RunView) -> list[Check]:
@@ -116,48 +131,59 @@ def _update(update: UpdateView) -> list[Check]:
 
 def _together(report: Report) -> list[Check]:
     """What has to be the same for the parts of a report to be compared."""
+    return [*_base_models(report), *_packages(report), *_seeds(report)]
+
+
+def _base_models(report: Report) -> list[Check]:
     prints = [str(profile.provenance["model_fingerprint"]) for profile in report.profiles]
     prints += [run.model_fingerprint for run in report.runs]
     prints += [plan.model_fingerprint for plan in report.plans if plan.model_fingerprint]
-    sets: list[tuple[str, Mapping[str, str]]] = [
-        *((run.label, run.versions) for run in report.runs),
-        *((profile.label, profile.provenance["versions"]) for profile in report.profiles),
+    if len(prints) < 2:
+        return []
+    distinct = len(set(prints))
+    return [
+        Check(
+            "together",
+            "base models",
+            "the same" if distinct == 1 else f"{distinct} different",
+            distinct == 1,
+            "Fingerprints of structure and weights; different models' numbers do not compare.",
+        )
     ]
-    checks = []
-    if len(prints) > 1:
-        distinct = len(set(prints))
-        checks.append(
-            Check(
-                "together",
-                "base models",
-                "the same" if distinct == 1 else f"{distinct} different",
-                distinct == 1,
-                "Fingerprints of structure and weights; different models' numbers do not compare.",
-            )
+
+
+def _packages(report: Report) -> list[Check]:
+    sets: list[Mapping[str, str]] = [
+        *(run.versions for run in report.runs),
+        *(profile.provenance["versions"] for profile in report.profiles),
+    ]
+    if not sets:
+        return []
+    uneven = _uneven(sets)
+    return [
+        Check(
+            "together",
+            "package versions",
+            f"{joined(uneven)} differ" if uneven else _versions(sets[0]),
+            not uneven,
+            "Versions that the numbers came from.",
         )
-    if sets:
-        uneven = _uneven(versions for _, versions in sets)
-        checks.append(
-            Check(
-                "together",
-                "package versions",
-                f"{joined(uneven)} differ" if uneven else _versions(sets[0][1]),
-                not uneven,
-                "Versions that the numbers came from.",
-            )
-        )
+    ]
+
+
+def _seeds(report: Report) -> list[Check]:
+    if len(report.runs) < 2:
+        return []
     seeds = sorted({run.seed for run in report.runs})
-    if len(report.runs) > 1:
-        checks.append(
-            Check(
-                "together",
-                "seeds",
-                joined([whole(seed) for seed in seeds]),
-                len(seeds) > 1,
-                "A difference between methods needs several seeds each to mean anything.",
-            )
+    return [
+        Check(
+            "together",
+            "seeds",
+            joined([whole(seed) for seed in seeds]),
+            len(seeds) > 1,
+            "A difference between methods needs several seeds each to mean anything.",
         )
-    return checks
+    ]
 
 
 def _uneven(sets: Iterable[Mapping[str, str]]) -> list[str]:

@@ -127,10 +127,7 @@ def _view(measure: Measure, values: Mapping[str, float | None], grid: Grid) -> d
     if painted:
         shown = [value for name in painted if (value := values[name]) is not None]
         low, high = min(shown), max(shown)
-        ticks = [low] if low == high else _ticks(low, high, base)
-        if ticks:
-            colorbar["tickvals"] = [scaled(tick, base) for tick in ticks]
-            colorbar["ticktext"] = [_tick_text(tick, measure) for tick in ticks]
+        colorbar |= _colorbar_ticks(low, high, base, measure)
         if low == high:
             trace |= {"zmin": scaled(low, base) - 1, "zmax": scaled(low, base) + 1}
             notes.append(f"Every module has the same value, {measure.show(low)}.")
@@ -140,6 +137,19 @@ def _view(measure: Measure, values: Mapping[str, float | None], grid: Grid) -> d
         "reading": " ".join(notes),
         "base": base,
         "trace": trace,
+    }
+
+
+def _colorbar_ticks(
+    low: float, high: float, base: int | None, measure: Measure
+) -> dict[str, list[Any]]:
+    """Where they are and what they say; nothing where Plotly's own will do."""
+    ticks = [low] if low == high else _ticks(low, high, base)
+    if not ticks:
+        return {}
+    return {
+        "tickvals": [scaled(tick, base) for tick in ticks],
+        "ticktext": [_tick_text(tick, measure) for tick in ticks],
     }
 
 

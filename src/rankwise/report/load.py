@@ -104,15 +104,7 @@ def report_of(
         FileError: One of them holds nothing to show.
     """
     profile_views = _once([view_of_profile(profile) for profile in profiles])
-    plan_views = _once(
-        [
-            plan_of_run(plan, profiles)
-            if isinstance(plan, SavedRun)
-            else view_of_plan(plan, profiles)
-            for plan in plans
-            if isinstance(plan, RankPlan) or plan.plan is not None or plan.record.ranks
-        ]
-    )
+    plan_views = _plan_views(plans, profiles)
     order = [name for view in profile_views for name in view.modules]
     order += [name for view in plan_views for name in view.modules]
     updates = [
@@ -124,6 +116,21 @@ def report_of(
     ]
     run_views = _label_runs([view_of_run(run.record, run.folder, run.extras) for run in runs])
     return Report(run_views, profile_views, plan_views, _once(updates), list(comparisons))
+
+
+def _plan_views(
+    plans: Sequence[RankPlan | SavedRun], profiles: Sequence[GradientProfile]
+) -> list[PlanView]:
+    """Of the plans, and of the runs that have one or say their ranks."""
+    return _once(
+        [
+            plan_of_run(plan, profiles)
+            if isinstance(plan, SavedRun)
+            else view_of_plan(plan, profiles)
+            for plan in plans
+            if isinstance(plan, RankPlan) or plan.plan is not None or plan.record.ranks
+        ]
+    )
 
 
 def _read(path: Path, sources: _Sources) -> None:

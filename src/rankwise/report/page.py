@@ -90,14 +90,7 @@ def render_page(report: Report, document: Mapping[str, Any]) -> str:
         [
             "<!DOCTYPE html>",
             '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>rankwise: {escape(title)}</title>",
-            f"<style>\n{_asset('page.css')}</style>",
-            "</head>",
+            *_head(title),
             "<body>",
             "<main>",
             header(report, document, title),
@@ -113,6 +106,19 @@ def render_page(report: Report, document: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _head(title: str) -> list[str]:
+    return [
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>rankwise: {escape(title)}</title>",
+        f"<style>\n{_asset('page.css')}</style>",
+        "</head>",
+    ]
 
 
 def _asset(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from rankwise.report.labels import kind_labels, plain
-from rankwise.report.views import Report, RunView
+from rankwise.report.views import Curve, ProfileView, Report, RunView
 from rankwise.report.words import short
 from rankwise.targets import layer_position
 
@@ -72,38 +72,9 @@ def loss_variants(report: Report) -> list[Variant]:
         symbol = SYMBOLS[(nth[run.method] if len(methods) == 1 else series) % len(SYMBOLS)]
         nth[run.method] += 1
         if run.train_loss:
-            behind.append(
-                line(
-                    [point.step for point in run.train_loss],
-                    [point.loss for point in run.train_loss],
-                    f"{run.label}: training",
-                    series,
-                    mode="lines" if len(run.train_loss) > 1 else "markers",
-                    line={"width": 1.25},
-                    opacity=0.5,
-                    meta={"series": series, "part": "training"},
-                    hovertemplate="%{fullData.name}, step %{x}<br>%{y:.4f} nats per token"
-                    "<extra></extra>",
-                )
-            )
+            behind.append(_training_loss(run, series))
         if run.held_out:
-            front.append(
-                line(
-                    [point.step for point in run.held_out],
-                    [point.loss for point in run.held_out],
-                    f"{run.label}: held-out",
-                    series,
-                    customdata=[
-                        "too large" if point.perplexity is None else short(point.perplexity)
-                        for point in run.held_out
-                    ],
-                    line={"width": 2.5},
-                    marker={"symbol": symbol, "size": 9},
-                    meta={"series": series, "part": "held-out"},
-                    hovertemplate="%{fullData.name}, step %{x}<br>%{y:.4f} nats per token"
-                    "<br>perplexity %{customdata}<extra></extra>",
-                )
-            )
+            front.append(_held_out_loss(run, series, symbol))
         front += _event_marks(run, series)
     if not behind and not front:
         return []
@@ -115,6 +86,38 @@ def loss_variants(report: Report) -> list[Variant]:
     )
     moved = any(run.events for run in report.runs)
     return [variant("", f"{_LOSS} {_EVENTS}" if moved else _LOSS, figure)]
+
+
+def _training_loss(run: RunView, series: int) -> go.Scatter:
+    return line(
+        [point.step for point in run.train_loss],
+        [point.loss for point in run.train_loss],
+        f"{run.label}: training",
+        series,
+        mode="lines" if len(run.train_loss) > 1 else "markers",
+        line={"width": 1.25},
+        opacity=0.5,
+        meta={"series": series, "part": "training"},
+        hovertemplate="%{fullData.name}, step %{x}<br>%{y:.4f} nats per token<extra></extra>",
+    )
+
+
+def _held_out_loss(run: RunView, series: int, symbol: str) -> go.Scatter:
+    return line(
+        [point.step for point in run.held_out],
+        [point.loss for point in run.held_out],
+        f"{run.label}: held-out",
+        series,
+        customdata=[
+            "too large" if point.perplexity is None else short(point.perplexity)
+            for point in run.held_out
+        ],
+        line={"width": 2.5},
+        marker={"symbol": symbol, "size": 9},
+        meta={"series": series, "part": "held-out"},
+        hovertemplate="%{fullData.name}, step %{x}<br>%{y:.4f} nats per token"
+        "<br>perplexity %{customdata}<extra></extra>",
+    )
 
 
 def _event_marks(run: RunView, series: int) -> list[go.Scatter]:
@@ -147,48 +150,44 @@ def _event_marks(run: RunView, series: int) -> list[go.Scatter]:
 
 def curve_variants(report: Report) -> list[Variant]:
     """Share of the gradient energy that uniform and water-filled ranks capture, by budget."""
-    found = []
-    for profile in report.profiles:
-        curve = profile.curve
-        if curve is None:
-            continue
-        budgets = [point.parameters for point in curve.points]
-        hover = "%{fullData.name}<br>r = %{customdata}, %{x:,} parameters<br>%{y:.1%}"
-        ranks = [point.r for point in curve.points]
-        figure = go.Figure(
-            [
-                line(
-                    budgets,
-                    [getattr(point, key) for point in curve.points],
-                    name,
-                    series,
-                    customdata=ranks,
-                    hovertemplate=f"{hover}<extra></extra>",
-                )
-                for series, (key, name) in enumerate(
-                    {"water_fill": "best ranks", "uniform": "equal ranks"}.items()
-                )
-            ]
+    return [
+        variant(profile.label, f"{_CURVE} {curve.recommendation}", _budget_curve(curve))
+        for profile in report.profiles
+        if (curve := profile.curve) is not None
+    ]
+
+
+def _budget_curve(curve: Curve) -> go.Figure:
+    budgets = [point.parameters for point in curve.points]
+    hover = "%{fullData.name}<br>r = %{customdata}, %{x:,} parameters<br>%{y:.1%}"
+    chosen = next(point for point in curve.points if point.r == curve.recommended_r)
+    curves = [
+        line(
+            budgets,
+            [getattr(point, key) for point in curve.points],
+            name,
+            series,
+            customdata=[point.r for point in curve.points],
+            hovertemplate=f"{hover}<extra></extra>",
         )
-        chosen = next(point for point in curve.points if point.r == curve.recommended_r)
-        figure.add_trace(
-            go.Scatter(
-                x=[chosen.parameters],
-                y=[chosen.water_fill],
-                name=f"recommended: r = {chosen.r}",
-                mode="markers",
-                marker={"symbol": "circle-open", "size": 18, "line": {"width": 3}},
-                meta={"ink": True},
-                hoverinfo="skip",
-            )
+        for series, (key, name) in enumerate(
+            {"water_fill": "best ranks", "uniform": "equal ranks"}.items()
         )
-        shape_layout(
-            figure,
-            doubling_axis("budget, trainable parameters", budgets),
-            axis("captured gradient energy, %", tickformat=".0%"),
-        )
-        found.append(variant(profile.label, f"{_CURVE} {curve.recommendation}", figure))
-    return found
+    ]
+    ring = go.Scatter(
+        x=[chosen.parameters],
+        y=[chosen.water_fill],
+        name=f"recommended: r = {chosen.r}",
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 18, "line": {"width": 3}},
+        meta={"ink": True},
+        hoverinfo="skip",
+    )
+    return shape_layout(
+        go.Figure([*curves, ring]),
+        doubling_axis("budget, trainable parameters", budgets),
+        axis("captured gradient energy, %", tickformat=".0%"),
+    )
 
 
 def convergence_variants(report: Report) -> list[Variant]:
@@ -230,46 +229,41 @@ def fisher_variants(report: Report) -> list[Variant]:
         facts = profile.fisher
         if facts is None or not facts.modules:
             continue
-        kinds: dict[str, list[str]] = {}
-        for name, module in profile.modules.items():
-            if module.fisher and module.gid:
-                kinds.setdefault(layer_position(name).kind, []).append(name)
-        figure = go.Figure(
-            [
-                line(
-                    [profile.modules[name].fisher or 0.0 for name in names],
-                    [profile.modules[name].gid for name in names],
-                    label,
-                    series,
-                    mode="markers",
-                    customdata=[plain(name) for name in names],
-                    hovertemplate="%{customdata}<br>GID %{y:.1f}, Fisher %{x:.2e}<extra></extra>",
-                )
-                for series, (label, names) in enumerate(
-                    zip(kind_labels(list(kinds)), kinds.values(), strict=True)
-                )
-            ]
-        )
-        shape_layout(
-            figure,
-            axis("Fisher information, mean squared gradient", type="log", exponentformat="power"),
-            axis("GID, dimensions", rangemode="tozero"),
-        )
-        found.append(
-            variant(
-                profile.label,
-                _FISHER,
-                figure,
-                numbers=[
-                    ["Pearson, GID and log F", facts.pearson_log, "signed"],
-                    ["Pearson, GID and 1/F", facts.pearson_inverse, "signed"],
-                    ["Spearman, GID and F", facts.spearman, "signed"],
-                    ["modules", facts.modules, "whole"],
-                    ["left out, without gradient or F", facts.left_out, "whole"],
-                ],
-            )
-        )
+        numbers = [
+            ["Pearson, GID and log F", facts.pearson_log, "signed"],
+            ["Pearson, GID and 1/F", facts.pearson_inverse, "signed"],
+            ["Spearman, GID and F", facts.spearman, "signed"],
+            ["modules", facts.modules, "whole"],
+            ["left out, without gradient or F", facts.left_out, "whole"],
+        ]
+        found.append(variant(profile.label, _FISHER, _fisher_points(profile), numbers=numbers))
     return found
+
+
+def _fisher_points(profile: ProfileView) -> go.Figure:
+    kinds: dict[str, list[str]] = {}
+    for name, module in profile.modules.items():
+        if module.fisher and module.gid:
+            kinds.setdefault(layer_position(name).kind, []).append(name)
+    points = [
+        line(
+            [profile.modules[name].fisher or 0.0 for name in names],
+            [profile.modules[name].gid for name in names],
+            label,
+            series,
+            mode="markers",
+            customdata=[plain(name) for name in names],
+            hovertemplate="%{customdata}<br>GID %{y:.1f}, Fisher %{x:.2e}<extra></extra>",
+        )
+        for series, (label, names) in enumerate(
+            zip(kind_labels(list(kinds)), kinds.values(), strict=True)
+        )
+    ]
+    return shape_layout(
+        go.Figure(points),
+        axis("Fisher information, mean squared gradient", type="log", exponentformat="power"),
+        axis("GID, dimensions", rangemode="tozero"),
+    )
 
 
 _LOSS = (

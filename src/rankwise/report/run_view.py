@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rankwise.records import RunRecord
+from rankwise.records import HeldOutLoss, RunRecord
 from rankwise.report.plan_view import recorded_plan, scalars
 from rankwise.report.training_view import (
     RunExtras,
@@ -43,15 +43,6 @@ def view_of_run(record: RunRecord, folder: str, extras: RunExtras | None = None)
     events = extras.events or []
     steps = [point.step for point in record.held_out] + [p.step for p in record.train_loss]
     dtype = record.config.get("dtype")
-    settings: dict[str, Any] = {}
-    for section, keys in _SETTINGS.items():
-        values = record.config.get(section)
-        settings |= scalars(values, keys) if isinstance(values, dict) else {}
-    prints = {
-        part: str(facts["fingerprint"])
-        for part, facts in record.data.items()
-        if isinstance(facts, dict) and "fingerprint" in facts
-    }
     return RunView(
         label=record.method,
         folder=folder,
@@ -62,22 +53,14 @@ def view_of_run(record: RunRecord, folder: str, extras: RunExtras | None = None)
         trainable_parameters=record.trainable_parameters,
         ranks=None if recorded is None else recorded.ranks,
         blocks=None if recorded is None else recorded.blocks,
-        held_out=[
-            LossPoint(
-                point.step,
-                point.loss,
-                point.perplexity if math.isfinite(point.perplexity) else None,
-                point.tokens,
-            )
-            for point in record.held_out
-        ],
+        held_out=[_held_out(point) for point in record.held_out],
         train_loss=[LossPoint(point.step, point.loss) for point in record.train_loss],
         seconds=dict(record.seconds),
         peak_memory_mib=record.peak_memory_mib,
         train_tokens=record.train_tokens,
         dtype=dtype if isinstance(dtype, str) else None,
-        settings=settings,
-        data=prints,
+        settings=_settings(record),
+        data=_fingerprints(record),
         versions=dict(record.versions),
         hardware=dict(record.hardware),
         commit=record.commit,
@@ -88,3 +71,25 @@ def view_of_run(record: RunRecord, folder: str, extras: RunExtras | None = None)
         learned=None if extras.analysis is None else learned_view(extras.analysis),
         landscape=None if extras.landscape is None else landscape_view(extras.landscape),
     )
+
+
+def _held_out(point: HeldOutLoss) -> LossPoint:
+    perplexity = point.perplexity if math.isfinite(point.perplexity) else None
+    return LossPoint(point.step, point.loss, perplexity, point.tokens)
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for section, keys in _SETTINGS.items():
+        values = record.config.get(section)
+        settings |= scalars(values, keys) if isinstance(values, dict) else {}
+    return settings
+
+
+def _fingerprints(record: RunRecord) -> dict[str, str]:
+    """Of the training and the held-out data."""
+    return {
+        part: str(facts["fingerprint"])
+        for part, facts in record.data.items()
+        if isinstance(facts, dict) and "fingerprint" in facts
+    }

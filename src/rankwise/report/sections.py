@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from rankwise.report.comparison import comparison_tables, parameter_variants
+from rankwise.report.comparison_view import ComparisonView
 from rankwise.report.landscape_plot import landscape_variants
 from rankwise.report.lr_plots import function_variants, learned_variants
 from rankwise.report.panels import budget_table, health_table, serving_table
@@ -25,7 +26,7 @@ from rankwise.report.rank_plots import (
 )
 from rankwise.report.tables import comparison_table, data_cell, module_table, outside_table
 from rankwise.report.training_plots import history_variants, tracking_variants
-from rankwise.report.views import Check, Report, RunView
+from rankwise.report.views import Check, PlanView, ProfileView, Report, RunView
 from rankwise.report.words import loss, short, whole
 
 Plots = Mapping[str, Sequence[Variant]]
@@ -259,56 +260,70 @@ def _every_module(report: Report) -> str:
 
 
 def _provenance(report: Report, document: Mapping[str, Any]) -> str:
-    parts = []
-    for comparison in report.comparisons:
-        facts = [
-            ("commits", ", ".join(comparison.commits)),
-            ("hardware", ", ".join(comparison.hardware)),
-            ("hours of computing", f"{comparison.hours:g}"),
-        ]
-        parts.append(f"<h3>Comparison: {escape(comparison.title)}</h3>{_facts(facts)}")
-    for run in report.runs:
-        settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
-        facts = [
-            ("finished", run.finished),
-            ("folder", run.folder),
-            ("seed", str(run.seed)),
-            ("commit", run.commit or ""),
-            ("model", f"{run.model}, fingerprint {run.model_fingerprint}"),
-            ("data fingerprints", ", ".join(f"{k} {v}" for k, v in run.data.items())),
-            ("settings", settings),
-            ("hardware", ", ".join(f"{k} {v}" for k, v in run.hardware.items())),
-            ("versions", ", ".join(f"{k} {v}" for k, v in run.versions.items())),
-        ]
-        parts.append(f"<h3>Run: {escape(run.label)}</h3>{_facts(facts)}")
-    for profile in report.profiles:
-        p = profile.provenance
-        facts = [
-            ("model", f"{p['model']}, fingerprint {p['model_fingerprint']}"),
-            ("data fingerprint", p["data_fingerprint"]),
-            ("batches", f"{p['batches']}, of {_distinct(p['batch_sizes'])} rows"),
-            ("labelled tokens", whole(p["tokens"])),
-            ("dtype", p["dtype"]),
-            ("dropout", "on" if p["train_mode"] else "off"),
-            ("seconds", f"{p['seconds']:.1f}"),
-            ("versions", ", ".join(f"{k} {v}" for k, v in p["versions"].items())),
-        ]
-        parts.append(f"<h3>Profile: {escape(profile.label)}</h3>{_facts(facts)}")
-    for plan in report.plans:
-        options = ", ".join(f"{key} {value}" for key, value in plan.options.items())
-        facts = [
-            ("model", plan.model),
-            ("model fingerprint", plan.model_fingerprint or "not profiled"),
-            ("trainable parameters", whole(plan.parameters)),
-            ("budget", whole(plan.budget) if plan.budget is not None else ""),
-            ("options", options),
-        ]
-        parts.append(f"<h3>Plan: {escape(plan.label)}</h3>{_facts(facts)}")
+    sources: list[tuple[str, list[tuple[str, str]]]] = [
+        *((f"Comparison: {each.title}", _comparison_facts(each)) for each in report.comparisons),
+        *((f"Run: {run.label}", _run_facts(run)) for run in report.runs),
+        *((f"Profile: {each.label}", _profile_facts(each)) for each in report.profiles),
+        *((f"Plan: {plan.label}", _plan_facts(plan)) for plan in report.plans),
+    ]
     return (
         '<p class="reading">Equal fingerprints mean the same model or the same data. This page '
         "works offline and asks the network for nothing.</p>\n"
-        + "".join(f'<div class="source">{part}</div>' for part in parts)
+        + "".join(
+            f'<div class="source"><h3>{escape(title)}</h3>{_facts(facts)}</div>'
+            for title, facts in sources
+        )
         + '<p class="controls"><button type="button" id="save-json">Save the numbers (JSON)'
         '</button></p>\n<p class="reading">Made by rankwise '
         f"{escape(str(document['rankwise']))}; report.json schema {document['schema_version']}.</p>"
     )
+
+
+def _comparison_facts(comparison: ComparisonView) -> list[tuple[str, str]]:
+    return [
+        ("commits", ", ".join(comparison.commits)),
+        ("hardware", ", ".join(comparison.hardware)),
+        ("hours of computing", f"{comparison.hours:g}"),
+    ]
+
+
+def _run_facts(run: RunView) -> list[tuple[str, str]]:
+    return [
+        ("finished", run.finished),
+        ("folder", run.folder),
+        ("seed", str(run.seed)),
+        ("commit", run.commit or ""),
+        ("model", f"{run.model}, fingerprint {run.model_fingerprint}"),
+        ("data fingerprints", _pairs(run.data)),
+        ("settings", _pairs(run.settings)),
+        ("hardware", _pairs(run.hardware)),
+        ("versions", _pairs(run.versions)),
+    ]
+
+
+def _profile_facts(profile: ProfileView) -> list[tuple[str, str]]:
+    p = profile.provenance
+    return [
+        ("model", f"{p['model']}, fingerprint {p['model_fingerprint']}"),
+        ("data fingerprint", p["data_fingerprint"]),
+        ("batches", f"{p['batches']}, of {_distinct(p['batch_sizes'])} rows"),
+        ("labelled tokens", whole(p["tokens"])),
+        ("dtype", p["dtype"]),
+        ("dropout", "on" if p["train_mode"] else "off"),
+        ("seconds", f"{p['seconds']:.1f}"),
+        ("versions", _pairs(p["versions"])),
+    ]
+
+
+def _plan_facts(plan: PlanView) -> list[tuple[str, str]]:
+    return [
+        ("model", plan.model),
+        ("model fingerprint", plan.model_fingerprint or "not profiled"),
+        ("trainable parameters", whole(plan.parameters)),
+        ("budget", whole(plan.budget) if plan.budget is not None else ""),
+        ("options", _pairs(plan.options)),
+    ]
+
+
+def _pairs(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())

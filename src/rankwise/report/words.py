@@ -75,34 +75,41 @@ def caveats(report: Report) -> list[str]:
         notes.append("The held-out text differs between runs, so their losses do not compare.")
     if len({run.steps for run in measured}) > 1:
         notes.append("The runs differ in their number of steps.")
-    methods = {run.method for run in measured}
-    seeds = [_seeds(measured, method) for method in methods]
-    if len(methods) > 1:
-        if min(seeds) == 1:
-            whose = "One seed each" if max(seeds) == 1 else "One seed for at least one method"
-            notes.append(
-                f"{whose}: enough to see what each run did and how large it is, not to say which "
-                "method is better. A difference between two single runs mixes the method "
-                "with the luck of one seed."
-            )
-        else:
-            notes.append(
-                f"{min(seeds)} seeds or more per method, shown side by side; this page tests no "
-                "difference between them."
-            )
-        rates = {run.settings.get("learning_rate") for run in measured}
-        if len(rates) == 1 and None not in rates:
-            notes.append(
-                f"All runs share the learning rate {rates.pop():g}, which need not be each "
-                "method's best."
-            )
-    elif len(measured) == 1:
+    notes += _between_methods(measured)
+    if len(measured) == 1:
         notes.append("One run with one seed: another seed gives somewhat other losses.")
     if report.profiles and not report.runs:
         fewest = min(profile.provenance["batches"] for profile in report.profiles)
         notes.append(
             f"GID depends on the number of batches N (here {fewest}), the batch size and "
             "the dtype: compare only profiles that share them."
+        )
+    return notes
+
+
+def _between_methods(runs: Sequence[RunView]) -> list[str]:
+    """What keeps a difference between methods from being one of the methods."""
+    methods = {run.method for run in runs}
+    if len(methods) < 2:
+        return []
+    seeds = [_seeds(runs, method) for method in methods]
+    if min(seeds) == 1:
+        whose = "One seed each" if max(seeds) == 1 else "One seed for at least one method"
+        notes = [
+            f"{whose}: enough to see what each run did and how large it is, not to say which "
+            "method is better. A difference between two single runs mixes the method "
+            "with the luck of one seed."
+        ]
+    else:
+        notes = [
+            f"{min(seeds)} seeds or more per method, shown side by side; this page tests no "
+            "difference between them."
+        ]
+    rates = {run.settings.get("learning_rate") for run in runs}
+    if len(rates) == 1 and None not in rates:
+        notes.append(
+            f"All runs share the learning rate {rates.pop():g}, which need not be each "
+            "method's best."
         )
     return notes
 
