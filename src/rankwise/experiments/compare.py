@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from rankwise.artifacts import EXPERIMENT_FILE
 from rankwise.errors import ConfigError
 from rankwise.experiments.bench import Bench
 from rankwise.experiments.board import Board
@@ -28,7 +29,6 @@ from rankwise.files import write_text
 logger = logging.getLogger(__name__)
 
 LOCKS = "locks"
-EXPERIMENT_FILE = "experiment.json"
 POLL_SECONDS = 0.5
 Notify = Callable[[str], None]
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankwise.experiments.results import RESULTS_FILE, TABLE_FILE, Pooled, Results
+from rankwise.artifacts import RESULTS_FILE
+from rankwise.experiments.results import TABLE_FILE, Pooled, Results
 from rankwise.experiments.rows import Row
 from rankwise.experiments.statistics import Comparison, Summary
 from rankwise.experiments.trade import describe

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankwise.artifacts import RESULTS_FILE
 from rankwise.errors import ConfigError
 from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
@@ -19,7 +20,7 @@ from rankwise.experiments.trade import Curve, Trade, trade
 from rankwise.files import write_text
 
 SCHEMA_VERSION = 1
-RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
+TABLE_FILE = "results.md"
 
 
 @dataclass(frozen=True)
