@@ -22,11 +22,12 @@ from rankwise.adapters.transfer import (
     Evaluation,
     Transfer,
     evaluate,
+    evaluator,
     factorisation,
     factorised_linear,
-    gradients,
     grid_points,
 )
+from rankwise.adapters.transfer.passes import tiles
 
 TOKENS, RANK = 1024, 8
 
@@ -59,9 +60,19 @@ def _loop(u: Tensor, h: Tensor, f: Transfer) -> None:
 
 
 def _ours(u: Tensor, h: Tensor, f: Transfer, evaluation: Evaluation = "auto") -> Callable[[], None]:
+    """f and all its gradients in memory that is there, as a layer runs them."""
+    radius, (entries, weights) = float(u.abs().max()), (torch.empty_like(u), torch.empty_like(h))
+
     def run() -> None:
-        evaluate(u, f, evaluation=evaluation)
-        gradients(u, h, f, evaluation=evaluation)
+        used = evaluator(f, radius, u.dtype, evaluation)
+        torch.mul(u, used.scale, out=entries)
+        for tile in tiles(used, entries):
+            used.value_(entries[tile])
+        torch.mul(u, used.scale, out=entries)
+        weights.copy_(h)
+        for tile in tiles(used, entries):
+            used.backward_(entries[tile], weights[tile])
+        used.gradients()
 
     return run
 

@@ -15,7 +15,7 @@ from rankwise import LrLoraConfig, compile_lr_lora_
 from rankwise.adapters.transfer import compiled
 from rankwise.adapters.transfer.compiled import CompiledPolynomial
 from rankwise.adapters.transfer.evaluators import Cells, Direct
-from rankwise.adapters.transfer.passes import evaluator
+from rankwise.adapters.transfer.passes import evaluator, tiles
 from transfer_samples import relative_error, sample
 
 
@@ -42,6 +42,7 @@ def test_it_agrees_with_the_formulas(basis: Any, radius: float) -> None:
     if not isinstance(used, CompiledPolynomial):
         assert basis != "sinc", "the expansion is short enough"
         return
+    assert [*tiles(used, torch.empty(700, 600))] == [(slice(0, 700), slice(0, 600))]
     exact = Direct(f.wide(), torch.float64)
     u = torch.linspace(-radius, radius, 4000).view(50, 80)
     draw = torch.Generator().manual_seed(0)

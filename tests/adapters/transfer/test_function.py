@@ -18,6 +18,7 @@ from rankwise.adapters.transfer import (
     GridKind,
     Transfer,
     evaluate,
+    evaluators,
     passes,
     transfer_linear,
 )
@@ -28,6 +29,7 @@ from rankwise.adapters.transfer.passes import (
     layer_evaluator,
     tiles,
 )
+from rankwise.adapters.transfer.scratch import Scratch
 from transfer_samples import GRIDS, NAMES, sample
 
 CASES = [
@@ -129,13 +131,15 @@ def large_layer() -> tuple[Tensor, Tensor, Tensor, Transfer, Tensor]:
 
 
 @pytest.fixture
-def scratch(monkeypatch: pytest.MonkeyPatch) -> passes._Scratch:
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Scratch:
     """Memory that no test before has used."""
-    monkeypatch.setattr(passes, "_scratch", passes._Scratch())
-    return passes._scratch
+    new = Scratch()
+    for module in (passes, evaluators):
+        monkeypatch.setattr(module, "scratch", new)
+    return new
 
 
-def test_no_more_than_two_dense_matrices_live_at_a_time(scratch: passes._Scratch) -> None:
+def test_no_more_than_two_dense_matrices_live_at_a_time(scratch: Scratch) -> None:
     x, a, b, f, weight = large_layer()
     merge = Merge(weight, 1.0, None)
     with torch.no_grad(), DenseTensors(weight) as seen:
@@ -145,7 +149,7 @@ def test_no_more_than_two_dense_matrices_live_at_a_time(scratch: passes._Scratch
         assert seen.peak == 2
 
 
-def test_layers_in_turn_use_the_same_memory(scratch: passes._Scratch) -> None:
+def test_layers_in_turn_use_the_same_memory(scratch: Scratch) -> None:
     x, a, b, f, weight = large_layer()
     with torch.inference_mode():  # whose own memory could not be written outside of it
         first = transfer_linear(x, a, b, f, scale=1.0, weight=weight)
@@ -155,7 +159,8 @@ def test_layers_in_turn_use_the_same_memory(scratch: passes._Scratch) -> None:
     with torch.no_grad():
         assert torch.equal(transfer_linear(x, a, b, f, scale=1.0, weight=weight), first)
     torch.testing.assert_close(smaller, first[:, :99])
-    assert len(scratch.held) == 2 and scratch.held[0, torch.float32] is used
+    assert {slot for slot, _ in scratch.held} == {0, 1, 2}  # U, H and rows of T_j(v)
+    assert scratch.held[0, torch.float32] is used
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 100))

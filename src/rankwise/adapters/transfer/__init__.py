@@ -2,8 +2,8 @@
 
 `bases.py` holds the formulas, `grids.py` the grids, `expansion.py` the way to a cost that does not
 grow with K, `evaluators.py` and `compiled.py` what runs over the entries, `passes.py` the layer's
-forward and backward pass, `function.py` and, in traces, `operator.py` their autograd,
-`factorised.py` the layer for small ranges, which forms no matrix of the size of W.
+forward and backward pass (in memory of `scratch.py`), `function.py` and, in traces, `operator.py`
+their autograd, `factorised.py` the layer for small ranges, which forms no matrix of the size of W.
 """
 
 from rankwise.adapters.transfer.bases import BASES, BasisName, ParameterGradients, Transfer

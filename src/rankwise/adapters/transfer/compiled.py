@@ -25,10 +25,9 @@ class CompiledPolynomial(Polynomial):
     GPUs); torch keeps the result on disk.
     """
 
-    block = 2**62
-
     def __init__(self, source: Polynomial) -> None:
         self.__dict__.update(vars(source))
+        self.block = 2**62
         self.terms = next(terms for terms in TERMS if terms >= len(source.powers))
         count = self.terms - len(source.powers)
         dtype = source.powers.dtype

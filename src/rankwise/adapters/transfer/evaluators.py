@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.adapters.transfer.bases import BASES, ParameterGradients, Transfer
+from rankwise.adapters.transfer.scratch import scratch
 
 Adjoint = Callable[[Tensor], ParameterGradients]
 """From the gradient by an evaluator's coefficients to that by the function's parameters."""
@@ -155,9 +156,11 @@ class Polynomial(_Moments):
         order = torch.arange(len(powers), device=powers.device)
         self.signs = 1.0 - 2.0 * (order % 4 >= 2).double()
         self.chebyshev = chebyshev
+        self.signed = (torch.stack(chebyshev) * self.signs).to(dtype)
         self.scale, self.adjoint = 1 / radius, adjoint
         self.moments = torch.zeros_like(powers)
-        self._signed: list[tuple[float, float]] = []
+        # the rows, two results and what they are written to fill half of a cache of 2 MiB
+        self.block = min(self.block, 2**18 // (len(powers) + 5))
 
     def value_(self, v: Tensor, *, base: Tensor | None = None, scale: float = 1.0) -> None:
         """`base + scale f(u)` by Horner's rule, one pass over the entries a degree."""
@@ -171,24 +174,16 @@ class Polynomial(_Moments):
         self, v: Tensor, upstream: Tensor, *, base: Tensor | None = None, scale: float = 1.0
     ) -> None:
         """`upstream f'(u)`, `base + scale f(u)` and the moments, from the `T_j(v)` in turn."""
-        if not self._signed:
-            values, slopes = (c * self.signs for c in self.chebyshev)
-            self._signed = list(zip(values.tolist(), slopes.tolist(), strict=True))
-        flat = upstream.reshape(-1)
-        (c, s), *coefficients = self._signed
-        value, slope = torch.full_like(v, c), torch.full_like(v, s)
-        sums, rows = [flat.sum()], [torch.ones_like(v), v]
-        for j, (c, s) in enumerate(coefficients, start=1):
-            if j > 1:
-                before, now = rows
-                two = 2.0 if j % 2 else -2.0
-                out = None if before is v else before
-                rows = [now, torch.addcmul(before, now, v, value=two, out=out)]
-            row = rows[1]
-            value.add_(row, alpha=c)
-            slope.add_(row, alpha=s)
-            sums.append(torch.dot(row.view(-1), flat))
+        rows, flat = scratch.matrix(2, len(self.powers), v.numel(), v), upstream.reshape(-1)
+        rows[0] = 1
+        first, sums = rows[1].copy_(v.reshape(-1)), [flat.sum(), torch.dot(rows[1], flat)]
+        for j in range(2, len(rows)):
+            two = 2.0 if j % 2 else -2.0
+            torch.addcmul(rows[j - 2], rows[j - 1], first, value=two, out=rows[j])
+            # not one product for all of them: it would add thousands of terms one by one
+            sums.append(torch.dot(rows[j], flat))
         self.moments += torch.stack(sums) * self.signs
+        value, slope = (self.signed @ rows).view(2, *v.shape)
         torch.mul(slope, upstream, out=v)
         _write(value, base, scale, upstream)
 

@@ -7,7 +7,6 @@ more. Products are of whole matrices, on all threads; f is evaluated in place, t
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ from rankwise.adapters.transfer.bases import Transfer
 from rankwise.adapters.transfer.compiled import CompiledPolynomial
 from rankwise.adapters.transfer.evaluators import Direct, Evaluator, Polynomial
 from rankwise.adapters.transfer.expansion import expand
+from rankwise.adapters.transfer.scratch import scratch
 
 Evaluation = Literal["auto", "fast", "direct", "compiled"]
 
@@ -77,30 +77,6 @@ def largest_norms(a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> tu
     squares = torch.stack([a.square().sum(dim=0).max(), b.square().sum(dim=1).max()])
     largest_a, largest_b = squares.sqrt().tolist()
     return largest_a, largest_b
-
-
-class _Scratch(threading.local):
-    """Two matrices for the passes of one thread, used by one layer after the other.
-
-    Memory that is given back and asked for again is cleared page by page each time, which would
-    cost a CPU as much as f does. GPUs have torch's caching allocator.
-    """
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def matrix(self, slot: int, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised matrix; the one before it in the same slot is overwritten."""
-        if like.device.type != "cpu":
-            return like.new_empty(rows, columns)
-        count, held = rows * columns, self.held.get((slot, like.dtype))
-        if held is None or held.numel() < count:
-            with torch.inference_mode(False):  # else it could not be used outside of it
-                held = self.held[slot, like.dtype] = like.new_empty(count)
-        return held[:count].view(rows, columns)
-
-
-_scratch = _Scratch()
 
 
 def tiles(used: Evaluator, matrix: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -204,7 +180,7 @@ def backward_pass(
     with torch.autocast(x.device.type, enabled=False):
         wide_a, wide_b = wide(a), wide(b)
         flat, u = grad.reshape(-1, grad.shape[-1]), _product(used, wide_a, wide_b)
-        matrix = _scratch.matrix(1, u.shape[0], u.shape[1], x)
+        matrix = scratch.matrix(1, u.shape[0], u.shape[1], x)
         if for_adapter:
             # H, tile by tile replaced by the matrix of the forward pass
             torch.mm(flat.T, x.reshape(-1, x.shape[-1]), out=matrix)
@@ -230,4 +206,4 @@ def backward_pass(
 
 def _product(used: Evaluator, a: Tensor, b: Tensor) -> Tensor:
     """U, in the units of an evaluator and in the first scratch matrix."""
-    return torch.mm(b * used.scale, a, out=_scratch.matrix(0, len(b), a.shape[1], a))
+    return torch.mm(b * used.scale, a, out=scratch.matrix(0, len(b), a.shape[1], a))
