@@ -161,6 +161,15 @@ class Polynomial(_Moments):
         self.moments = torch.zeros_like(powers)
         # the rows, two results and what they are written to fill half of a cache of 2 MiB
         self.block = min(self.block, 2**18 // (len(powers) + 5))
+        self._rows: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def _room(self, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Rows for the `T_j(v)`, `T_0` done; in one and one by one, which takes time to cut."""
+        if self._rows is None or self._rows[0].shape[1] != v.numel():
+            rows = scratch.matrix(2, len(self.powers), v.numel(), v)
+            rows[0] = 1
+            self._rows = rows, rows.unbind()
+        return self._rows
 
     def value_(self, v: Tensor, *, base: Tensor | None = None, scale: float = 1.0) -> None:
         """`base + scale f(u)` by Horner's rule, one pass over the entries a degree."""
@@ -174,14 +183,14 @@ class Polynomial(_Moments):
         self, v: Tensor, upstream: Tensor, *, base: Tensor | None = None, scale: float = 1.0
     ) -> None:
         """`upstream f'(u)`, `base + scale f(u)` and the moments, from the `T_j(v)` in turn."""
-        rows, flat = scratch.matrix(2, len(self.powers), v.numel(), v), upstream.reshape(-1)
-        rows[0] = 1
-        first, sums = rows[1].copy_(v.reshape(-1)), [flat.sum(), torch.dot(rows[1], flat)]
-        for j in range(2, len(rows)):
-            two = 2.0 if j % 2 else -2.0
-            torch.addcmul(rows[j - 2], rows[j - 1], first, value=two, out=rows[j])
+        flat, (rows, (before, first, *others)) = upstream.reshape(-1), self._room(v)
+        first.copy_(v.reshape(-1))
+        sums, now, two = [flat.sum(), torch.dot(first, flat)], first, -2.0
+        for row in others:
+            torch.addcmul(before, now, first, value=two, out=row)
             # not one product for all of them: it would add thousands of terms one by one
-            sums.append(torch.dot(rows[j], flat))
+            sums.append(torch.dot(row, flat))
+            before, now, two = now, row, -two
         self.moments += torch.stack(sums) * self.signs
         value, slope = (self.signed @ rows).view(2, *v.shape)
         torch.mul(slope, upstream, out=v)
