@@ -23,7 +23,6 @@ from rankwise.adapters.transfer.scratch import scratch
 
 Evaluation = Literal["auto", "fast", "direct", "compiled"]
 
-
 FROZEN = (
     "transfer_linear has no gradient for weight, bias or columns; freeze them, or add the frozen "
     "layer's own output instead of passing its weight."
@@ -81,8 +80,8 @@ def largest_norms(a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> tu
 
 def tiles(used: Evaluator, matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     """Contiguous pieces of a matrix, each as large as its evaluator likes them."""
-    # starting an operation on a GPU costs more than the cache saves
-    size = used.block if matrix.device.type == "cpu" else max(used.block, 2**24)
+    # starting an operation on a GPU costs more than a cache saves; a dozen rows take 100 MiB
+    size = used.block if matrix.device.type == "cpu" else max(used.block, 2**21)
     height, width = matrix.shape
     if not matrix.numel():
         return
