@@ -90,9 +90,9 @@ def test_a_table_without_results_has_no_drawing(tmp_path: Path) -> None:
     card, text = card_of(tmp_path, results)
     first = card.split("\n### ")[1]
     assert "| method" not in first and "svg" not in first
-    assert "- lora: not started." in first
+    assert "- lora, RaLoRA, slow" in first and "and MoRA: not started." in first
     assert not (tmp_path / "card-comparison-1-1.svg").exists()
-    assert "  lora: not started." in text
+    assert "  lora, RaLoRA, slow <b>one</b> and MoRA: not started." in text
 
 
 def drawn(rows: list[ComparisonRow], reference: str = "lora") -> ElementTree.Element:

@@ -137,10 +137,12 @@ def _comparison_cells(comparison: Comparison | None) -> list[str]:
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What the columns have no room for."""
-    remarks = []
+    states: dict[str, list[str]] = {}
     for row in rows:
         if row.status != "finished":
-            remarks.append(f"{row.label}: {row.status}")
+            states.setdefault(row.status, []).append(row.label)
+    remarks = [f"{', '.join(labels)}: {status}" for status, labels in states.items()]
+    for row in rows:
         if row.diverged:
             seeds = ", ".join(map(str, row.diverged))
             remarks.append(f"{row.label}: diverged at seed {seeds}, which the mean leaves out")

@@ -63,7 +63,8 @@ def comparison_tables(comparison: ComparisonView) -> str:
         title = table_title(rows[0], rows)
         cells = [(row.label, _cells(row)) for row in ranked]
         parts.append(f"<h3>{escape(title)}</h3>")
-        parts.append(table(columns, cells, kind="cards", caption=title))
+        if cells:
+            parts.append(table(columns, cells, kind="cards", caption=title))
         parts += [f'<p class="reading">{escape(remark)}</p>' for remark in remarks(rows)]
     return "\n".join(parts)
 

@@ -50,12 +50,11 @@ def short_cells(row: ComparisonRow, reference: str) -> list[str]:
 
 def remarks(rows: Sequence[ComparisonRow]) -> list[str]:
     """What a table has no room for: methods without a result, and runs that its means leave out."""
-    found = [
-        f"{row.label}: {row.status}."
-        for row in rows
-        if row.status != "finished" or (row.summary is None and not row.diverged)
-    ]
-    return found + [
+    states: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status != "finished" or (row.summary is None and not row.diverged):
+            states.setdefault(row.status, []).append(row.label)
+    return [f"{joined(labels)}: {status}." for status, labels in states.items()] + [
         f"{row.label}: diverged at seed {joined([str(seed) for seed in row.diverged])}, which the "
         "mean leaves out."
         for row in rows

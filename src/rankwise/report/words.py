@@ -17,8 +17,8 @@ def whole(value: float) -> str:
 
 
 def loss(value: float) -> str:
-    """A loss in nats per token, to four decimals."""
-    return f"{value:.4f}"
+    """A loss in nats per token, or another metric, to four decimals."""
+    return f"{value:.4f}".replace("-", "−")
 
 
 def percent(value: float) -> str:
