@@ -216,11 +216,13 @@ def _step(quick: bool) -> list[Row]:
         "small": step_of("lr-lora"),
         "dense": step_of("lr-lora", 0.05),
         "compiled": step_of("lr-lora", 0.05, compiled=True),
+        "wide": step_of("lr-lora", 0.5),
     }
     seconds = interleaved(2 if quick else 5, **candidates)
     memory = {adapter: _peak_memory(adapter) for adapter in ("lora", "lr-lora")}
     unit, name = "of PEFT's LoRA step", f"SmolLM2 LR-LoRA step, {TOKENS} tokens"
     labels = {"small": "", "dense": ", |U| <= 0.05", "compiled": ", |U| <= 0.05, compiled"}
+    labels["wide"] = ", |U| <= 0.5"
     rows = [
         at_most(f"{name}{label}, time", seconds[key] / seconds["lora"], 1.25, unit)
         for key, label in labels.items()

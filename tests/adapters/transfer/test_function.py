@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from rankwise.adapters.transfer import (
     GridKind,
     Transfer,
     evaluate,
+    evaluator,
     evaluators,
     passes,
     transfer_linear,
@@ -26,6 +28,7 @@ from rankwise.adapters.transfer.passes import (
     Merge,
     backward_pass,
     forward_pass,
+    largest_norms,
     layer_evaluator,
     tiles,
 )
@@ -122,6 +125,10 @@ def test_f_is_computed_in_fp32_under_bf16_factors() -> None:
 SIZE = (600, 500)
 
 
+GRAIN = 2**15
+"""Entries from which on torch shares an elementwise operation between threads."""
+
+
 def large_layer() -> tuple[Tensor, Tensor, Tensor, Transfer, Tensor]:
     d_out, d_in = SIZE
     x = torch.randn(8, d_in, requires_grad=True)
@@ -161,6 +168,25 @@ def test_layers_in_turn_use_the_same_memory(scratch: Scratch) -> None:
     torch.testing.assert_close(smaller, first[:, :99])
     assert {slot for slot, _ in scratch.held} == {0, 1, 2}  # U, H and rows of T_j(v)
     assert scratch.held[0, torch.float32] is used
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_entry_exceeds_the_product_of_the_norms(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        # one direction, so that the bound is reached
+        direction = torch.randn(1, 8, generator=generator)
+        a, b = direction.T.repeat(1, 5).to(dtype), direction.repeat(6, 1).to(dtype)
+        bound = math.prod(largest_norms(a, b)) * (1 + 1e-6)
+        assert (b.double() @ a.double()).abs().max() <= bound
+
+
+@pytest.mark.parametrize("radius", [0.05, 3.0, 100.0])
+def test_no_operation_of_a_tile_is_long_enough_for_a_second_thread(radius: float) -> None:
+    """Threads that wait for one another after every operation stall on a loaded machine."""
+    used = evaluator(sample(dtype=torch.float32), radius, torch.float32)
+    matrix = torch.empty(1536, 576)
+    assert max(matrix[tile].numel() for tile in tiles(used, matrix)) < GRAIN
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 100))

@@ -72,6 +72,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def largest_norms(a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]) -> tuple[float, float]:
     """`max ||a_j||` and `max ||b_i||`, whose product no entry of `B A` exceeds (Cauchy-Schwarz)."""
+    a, b = wide(a), wide(b)  # half precision would round the bound below what it bounds
     # norm() along the short side of a matrix costs ten times as much
     squares = torch.stack([a.square().sum(dim=0).max(), b.square().sum(dim=1).max()])
     largest_a, largest_b = squares.sqrt().tolist()
@@ -116,9 +117,8 @@ def layer_evaluator(
     f: Transfer, a: Tensor, b: Tensor, evaluation: Evaluation, radius: float
 ) -> Evaluator:
     """The way to evaluate f on `B A`; a negative radius is found from the factors' norms."""
-    a, b = wide(a), wide(b)
     radius = math.prod(largest_norms(a, b)) if radius < 0 else radius
-    return evaluator(f, radius, a.dtype, evaluation)
+    return evaluator(f, radius, wide(a).dtype, evaluation)
 
 
 def forward_pass(
