@@ -55,6 +55,15 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, Options]]] = {
             "LoRA": LORA,
         },
     ),
+    "constant": (
+        "with and without the constant f(0)",
+        {
+            "with (default)": DEFAULT,
+            "without": {"constant": False},
+            "without, one learning rate": {"constant": False, "amplitude_ratio": 1.0},
+            "LoRA": LORA,
+        },
+    ),
     "rank": (
         "base rank (table 12)",
         {

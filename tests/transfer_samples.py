@@ -21,21 +21,22 @@ def sample(
     bandwidth: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
+    constant: bool = True,
 ) -> Transfer:
     """Amplitudes of both signs and bandwidths spread by a third about `bandwidth`."""
     generator = torch.Generator().manual_seed(seed)
     if basis == "sine":
-        return Transfer(basis, 20.0 * bandwidth, torch.ones(1, dtype=dtype))
+        return Transfer(basis, 20.0 * bandwidth, torch.ones(1, dtype=dtype), constant=constant)
     count = BASES[basis].amplitudes(points)
     amplitude = 0.3 * torch.randn(count, generator=generator, dtype=torch.float64)
     if not BASES[basis].local:
-        return Transfer(basis, 3.0, amplitude.to(dtype))
+        return Transfer(basis, 3.0, amplitude.to(dtype), constant=constant)
     spread = 0.3 * torch.randn(points, generator=generator, dtype=torch.float64).clamp(-2, 2)
     g = grid_points(grid, points, 3.0, seed=seed)
     if grid == "learned":
         g = g + 0.05 * torch.randn(points, generator=generator, dtype=torch.float64)
     w = bandwidth * torch.exp(spread)
-    return Transfer(basis, 3.0, amplitude.to(dtype), w.to(dtype), g.to(dtype))
+    return Transfer(basis, 3.0, amplitude.to(dtype), w.to(dtype), g.to(dtype), constant)
 
 
 def reference(u: float, f: Transfer) -> float:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from contracts import D_IN, D_OUT, OneLayer, adapter_layer, assert_close, factors_of, inputs
 from rankwise import LrLoraConfig, lr_lora_param_groups
 from rankwise.adapters import LrLoraLinear
+from rankwise.adapters.transfer import evaluate
 
 BASES = ("sinc", "rbf", "spline", "fourier", "polynomial", "sine")
 
@@ -88,6 +89,15 @@ class TestStart:
         assert delta.abs().max() > 0.1
         amplitude = factors_of(adapter_layer(one_layer(init="small", points=4000)))
         assert amplitude["lrlora_amplitude"].std().item() == pytest.approx(0.1, rel=0.05)
+
+    def test_without_its_constant_f_moves_nothing_where_u_is_zero(self) -> None:
+        model = one_layer(init="small", amplitude_std=0.5, constant=False)
+        assert adapter_layer(model).delta_weight("default").abs().max() < 1e-12
+        layer = adapter_layer(one_layer(constant=False, init_weights=False))
+        moved = layer.delta_weight("default")
+        layer.lrlora_config["default"] = (*layer.lrlora_config["default"][:2], True)
+        constant = evaluate(torch.zeros(1), layer.transfer("default")) * layer.scaling["default"]
+        torch.testing.assert_close(moved, layer.delta_weight("default") - constant)
 
     def test_factors_bandwidths_and_grid(self) -> None:
         model = one_layer(r=32, bandwidth_init=2.5, grid="learned", points=9)
@@ -309,7 +319,13 @@ class TestConfig:
 
     def test_it_is_the_same_after_saving_and_loading(self, tmp_path: Path) -> None:
         config = LrLoraConfig(
-            r=4, rank_pattern={"b": 2}, basis="rbf", grid="random", points=9, target_modules=["a"]
+            r=4,
+            rank_pattern={"b": 2},
+            basis="rbf",
+            grid="random",
+            points=9,
+            constant=False,
+            target_modules=["a"],
         )
         config.save_pretrained(tmp_path)
         loaded = LrLoraConfig.from_pretrained(tmp_path)

@@ -38,7 +38,7 @@ class TestGoodAdapters:
         "options",
         [
             {"basis": "rbf", "grid": "learned"},
-            {"basis": "spline"},
+            {"basis": "spline", "constant": False},
             {"basis": "fourier", "dropout": 0.2},
             {"basis": "polynomial"},
             {"basis": "sine", "omega": 20.0},
@@ -117,6 +117,7 @@ class TestBrokenConfigs:
             ("grid", "uniform; import os"),
             ("init", "dead"),
             ("share", 3),
+            ("constant", "maybe"),
             ("grid_seed", 10**400),
             ("grid_seed", -1),
             ("dropout", 1.5),

@@ -191,15 +191,20 @@ def slow_lr_update(tensors: dict[str, Tensor], key: str, points: int) -> Tensor:
     return 2 * total
 
 
-def test_lr_lora_updates_are_f_of_the_factors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("constant", [True, False])
+def test_lr_lora_updates_are_f_of_the_factors(tmp_path: Path, constant: bool) -> None:
     plan = Lora(r=4).plan(make_profile(layers=1))
-    folder = save_lr_adapter(tmp_path / "adapter", plan)
+    folder = save_lr_adapter(tmp_path / "adapter", plan, constant=constant)
     tensors = load_file(folder / "adapter_model.safetensors")
     view = view_of_adapter(folder)
     assert view.kind == "lrlora" and view.other_tensors == 0
     assert view.modules.keys() == plan.modules.keys()
     for name, module in view.modules.items():
-        update = slow_lr_update(tensors, f"base_model.model.{name}.lrlora", 6)
+        key = f"base_model.model.{name}.lrlora"
+        update = slow_lr_update(tensors, key, 6)
+        if not constant:
+            tensors[f"{key}_B.weight"].zero_()
+            update = update - slow_lr_update(tensors, key, 6)
         values = torch.linalg.svdvals(update)
         assert module.update_norm == pytest.approx(float(update.norm()), rel=1e-5)
         at = view.sampled_at[str(min(module.d_in, module.d_out))]

@@ -68,7 +68,7 @@ class LrLoraLinear(DeltaLayer):
         super().__init__(base_layer, **quantization)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.lrlora_config: dict[str, tuple[BasisName, float]] = {}
+        self.lrlora_config: dict[str, tuple[BasisName, float, bool]] = {}
         # a fixed grid and fixed bandwidths
         self.lrlora_fixed: dict[str, tuple[Tensor, Tensor]] = {}
         # training passes through the dense matrix, and through factors of higher rank
@@ -98,7 +98,8 @@ class LrLoraLinear(DeltaLayer):
         self.r[adapter] = r
         self.lrlora_passes[adapter] = [0, 0]
         self.scaling[adapter] = config.scaling / (math.sqrt(self.in_features) if sine else 1)
-        self.lrlora_config[adapter] = (config.basis, config.omega if sine else config.span)
+        span = config.omega if sine else config.span
+        self.lrlora_config[adapter] = (config.basis, span, config.constant)
         self.lrlora_dropout[adapter] = (
             nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         )
@@ -156,7 +157,7 @@ class LrLoraLinear(DeltaLayer):
 
     def transfer(self, adapter: str) -> Transfer:
         """The function f of an adapter, in fp32 or wider, with its gradients."""
-        basis, span = self.lrlora_config[adapter]
+        basis, span, constant = self.lrlora_config[adapter]
         device = self._weight("lrlora_A", adapter).device
 
         def wide(container: str) -> Tensor | None:
@@ -169,7 +170,7 @@ class LrLoraLinear(DeltaLayer):
         if amplitude is None:
             amplitude = torch.ones(1, device=device)
         if adapter not in self.lrlora_fixed:
-            return Transfer(basis, span, amplitude)
+            return Transfer(basis, span, amplitude, constant=constant)
         points, widths = (fixed.to(device) for fixed in self.lrlora_fixed[adapter])
         return Transfer(
             basis,
@@ -177,6 +178,7 @@ class LrLoraLinear(DeltaLayer):
             amplitude,
             widths if v is None else F.softplus(v),
             points if grid is None else grid,
+            constant,
         )
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:

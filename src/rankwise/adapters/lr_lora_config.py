@@ -45,6 +45,8 @@ class LrLoraConfig(PeftConfig):
             `"grid_shift"`: the same with the grid moved by a quarter of a cell, so that f is not
             even. `"small"`: B zero, amplitudes normal; the update is a small constant.
         amplitude_std: Of the amplitudes under `init="small"`; default 0.1 (LR-LoRA table 18).
+        constant: Whether f keeps its value `f(0)`, which adds the same number to every entry of
+            the update. False subtracts it: `delta_W = s (f(B A) - f(0))`.
         omega: Frequency of the basis `"sine"`.
         share: Which parameters of f all modules have in common (LR-LoRA table 20).
         init_weights: False draws all parameters at random, so that the adapter does something (for
@@ -71,6 +73,7 @@ class LrLoraConfig(PeftConfig):
     bandwidth_init: float = 1.0
     init: Start = "live"
     amplitude_std: float = 0.1
+    constant: bool = True
     omega: float = 100.0
     share: Share = "none"
     init_weights: bool = True

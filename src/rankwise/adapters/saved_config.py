@@ -79,6 +79,7 @@ class SavedLrLora(SavedConfig):
     bandwidth_init: float = 1.0
     init: str = "live"
     amplitude_std: float = 0.1
+    constant: bool = True
     omega: float = 100.0
     share: str = "none"
     init_weights: bool = True

@@ -19,7 +19,7 @@ _CONTAINERS = ("A", "B", "amplitude", "bandwidth", "grid")
 _NAME = "default"
 _FUNCTION = (
     "r", "alpha", "basis", "points", "span", "grid", "grid_seed", "bandwidth", "bandwidth_init",
-    "omega",
+    "omega", "constant",
 )  # fmt: skip
 """What of the configuration says what f is; ranks follow from the factors' shapes."""
 

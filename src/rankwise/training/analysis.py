@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.adapters import LrLoraLinear
-from rankwise.adapters.transfer import BASES, Transfer, evaluate
+from rankwise.adapters.transfer import Transfer, evaluate
 from rankwise.errors import ConfigError, nearest
 from rankwise.spectra import singular_values
 
@@ -204,15 +205,13 @@ def stable_rank_of(matrix: Float[Tensor, "rows cols"]) -> float | None:
 
 def conditioning(f: Transfer, low: float, high: float) -> dict[str, float | int | None]:
     """How far the basis functions differ on a range: singular values of their values there."""
-    basis, wide = BASES[f.basis], f.wide()
+    wide = f.wide()
     points = torch.linspace(low, high, 400, dtype=torch.float64, device=f.amplitude.device)
     columns = []
     for k in range(len(f.amplitude)):
         one = torch.zeros_like(wide.amplitude)
         one[k] = 1
-        columns.append(
-            basis.value(points, Transfer(f.basis, f.span, one, wide.bandwidth, wide.grid))
-        )
+        columns.append(replace(wide, amplitude=one).value(points))
     sigma = torch.linalg.svdvals(torch.stack(columns, dim=1))
     smallest, largest = float(sigma[-1]), float(sigma[0])
     return {

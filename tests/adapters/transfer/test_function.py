@@ -51,9 +51,10 @@ def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return tuple(t.to(dtype).requires_grad_() for t in (x, 0.4 * a, 0.4 * b))  # type: ignore
 
 
+@pytest.mark.parametrize("constant", [True, False])
 @pytest.mark.parametrize(("name", "grid", "way"), CASES)
-def test_gradcheck(name: BasisName, grid: GridKind, way: Evaluation) -> None:
-    f = sample(name, 6, grid=grid)
+def test_gradcheck(name: BasisName, grid: GridKind, way: Evaluation, constant: bool) -> None:
+    f = sample(name, 6, grid=grid, constant=constant)
     parameters = {
         key: getattr(f, key).clone().requires_grad_()
         for key in ("amplitude", "bandwidth", "grid")
@@ -78,6 +79,17 @@ def test_it_is_the_dense_product() -> None:
     torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
     alone = transfer_linear(x.view(2, 2, 5), a, b, f, scale=2.0)
     torch.testing.assert_close(alone.view(4, 3), expected - x @ weight.T - bias)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["direct", "fast"])
+def test_without_its_constant_f_goes_through_the_origin(name: BasisName, way: Evaluation) -> None:
+    f = sample(name)
+    u = torch.linspace(-0.3, 0.3, 31, dtype=torch.float64)  # has a zero in the middle
+    moved = evaluate(u, replace(f, constant=False), evaluation=way)
+    expected = evaluate(u, f) - evaluate(u[15:16], f)
+    torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
+    assert abs(float(moved[15])) < 1e-9 < float(moved.abs().max())
 
 
 def test_a_frozen_adapter_passes_the_inputs_gradient_alone() -> None:
@@ -230,12 +242,13 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert torch.equal(found, expected)
 
 
-def test_it_compiles_with_its_gradient() -> None:
-    (x, a, b), f = factors(torch.float32), sample(dtype=torch.float32)
+@pytest.mark.parametrize("constant", [True, False])
+def test_it_compiles_with_its_gradient(constant: bool) -> None:
+    (x, a, b), f = factors(torch.float32), sample(dtype=torch.float32, constant=constant)
     amplitude = f.amplitude.clone().requires_grad_()
 
     def function(x: Tensor, a: Tensor, b: Tensor, amplitude: Tensor) -> Tensor:
-        used = Transfer(f.basis, f.span, amplitude, f.bandwidth, f.grid)
+        used = replace(f, amplitude=amplitude)
         return transfer_linear(x, a, b, used, scale=1.0).square().sum()
 
     leaves = (x, a, b, amplitude)

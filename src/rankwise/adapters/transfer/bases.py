@@ -33,6 +33,7 @@ class Transfer:
         amplitude: `a`, of length K, 2K for the linear bases, 1 for `"sine"`.
         bandwidth: `w > 0`, of length K, for `"sinc"` and `"rbf"`.
         grid: `g`, of length K, for `"sinc"` and `"rbf"`.
+        constant: False takes `f(0)` away, so that the function goes through the origin.
     """
 
     basis: BasisName
@@ -40,6 +41,7 @@ class Transfer:
     amplitude: Float[Tensor, " m"]
     bandwidth: Float[Tensor, " k"] | None = None
     grid: Float[Tensor, " k"] | None = None
+    constant: bool = True
 
     def wide(self) -> Transfer:
         """The same in fp64, detached."""
@@ -49,7 +51,27 @@ class Transfer:
             self.amplitude.detach().double(),
             None if self.bandwidth is None else self.bandwidth.detach().double(),
             None if self.grid is None else self.grid.detach().double(),
+            self.constant,
         )
+
+    def value(self, u: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """`f(u)`, for parameters in fp64."""
+        basis = BASES[self.basis]
+        values = basis.value(u, self)
+        return values if self.constant else values - basis.value(u.new_zeros(1), self)
+
+    def slope(self, u: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """`f'(u)`, for parameters in fp64."""
+        return BASES[self.basis].slope(u, self)
+
+    def gradients(
+        self, u: Float[Tensor, " n"], upstream: Float[Tensor, " n"]
+    ) -> ParameterGradients:
+        """`sum_n upstream_n df(u_n)/dtheta` for every parameter theta, in fp64."""
+        if not self.constant:
+            u = torch.cat([u, u.new_zeros(1)])
+            upstream = torch.cat([upstream, -upstream.sum(dim=0, keepdim=True)])
+        return BASES[self.basis].gradients(u, upstream, self)
 
 
 class ParameterGradients(NamedTuple):

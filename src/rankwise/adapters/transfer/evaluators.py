@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankwise.adapters.transfer.bases import BASES, ParameterGradients, Transfer
+from rankwise.adapters.transfer.bases import ParameterGradients, Transfer
 from rankwise.adapters.transfer.scratch import scratch
 
 Adjoint = Callable[[Tensor], ParameterGradients]
@@ -92,7 +92,7 @@ class Direct(Evaluator):
     """Entries times basis functions at a time: some temporaries of 2 MiB."""
 
     def __init__(self, f: Transfer, dtype: torch.dtype) -> None:
-        self.f, self.dtype, self.basis = f, dtype, BASES[f.basis]
+        self.f, self.dtype = f, dtype
         self.total: list[Tensor | None] = [None, None, None]
 
     def fresh(self) -> Self:
@@ -105,7 +105,7 @@ class Direct(Evaluator):
 
     def value_(self, v: Tensor, *, base: Tensor | None = None, scale: float = 1.0) -> None:
         """`base + scale f(u)`."""
-        parts = [self.basis.value(chunk, self.f) for (chunk,) in self._chunks(v.reshape(-1))]
+        parts = [self.f.value(chunk) for (chunk,) in self._chunks(v.reshape(-1))]
         _write(torch.cat(parts).to(self.dtype).view_as(v), base, scale, v)
 
     def backward_(
@@ -114,9 +114,9 @@ class Direct(Evaluator):
         """`upstream f'(u)` and `base + scale f(u)`."""
         values, slopes = [], []
         for chunk, weight in self._chunks(v.reshape(-1), upstream.reshape(-1)):
-            values.append(self.basis.value(chunk, self.f))
-            slopes.append(weight * self.basis.slope(chunk, self.f))
-            parts = self.basis.gradients(chunk, weight, self.f)
+            values.append(self.f.value(chunk))
+            slopes.append(weight * self.f.slope(chunk))
+            parts = self.f.gradients(chunk, weight)
             self.total = [
                 part if total is None or part is None else total + part
                 for total, part in zip(self.total, parts, strict=True)

@@ -155,11 +155,11 @@ def _polynomial(f: Transfer, radius: float, degree: int, dtype: torch.dtype) -> 
     device = f.amplitude.device
     nodes, matrix = (part.to(device) for part in _interpolation(degree))
     nodes, powers = nodes * radius, power_map(degree)[1].to(device)
-    values = BASES[f.basis].value(nodes, f)
+    values = f.value(nodes)
     chebyshev = matrix @ values
 
     def adjoint(moments: Tensor) -> ParameterGradients:
-        return BASES[f.basis].gradients(nodes, moments @ matrix, f)
+        return f.gradients(nodes, moments @ matrix)
 
     slopes = _slope_map(degree).to(device) @ chebyshev / radius
     return Polynomial(powers @ values, (chebyshev, slopes), radius, adjoint, dtype)
@@ -184,14 +184,14 @@ def _chebyshev_cells(
     nodes, matrix = (part.to(device) for part in _interpolation(degree))
     nodes, cubic = nodes * radius, _CUBIC.to(device)
     rows = _rows_at_thirds(cells, device)[: degree + 1]
-    values = (matrix @ BASES[f.basis].value(nodes, f)) @ rows
+    values = (matrix @ f.value(nodes)) @ rows
     table = cubic @ torch.stack([values[q : q + 3 * cells - 2 : 3] for q in range(4)])
 
     def adjoint(moments: Tensor) -> ParameterGradients:
         weights = torch.zeros_like(values)
         for q, part in enumerate(cubic.T @ moments):
             weights[q : q + 3 * cells - 2 : 3] += part
-        return BASES[f.basis].gradients(nodes, (rows @ weights) @ matrix, f)
+        return f.gradients(nodes, (rows @ weights) @ matrix)
 
     return Cells(table, cells / (2 * radius), cells / 2, adjoint, dtype)
 
@@ -215,8 +215,13 @@ def _spline_cells(f: Transfer, dtype: torch.dtype) -> Evaluator:
         gradient = torch.zeros_like(padded)
         for q, part in enumerate(matrix.T @ moments):
             gradient[q : q + count + 5] += part
+        if not f.constant:
+            gradient[4:-4] -= moments[0].sum() * at_zero
         return ParameterGradients(gradient[4:-4], None, None)
 
     step = Spline.step(f)
     table = matrix @ padded.unfold(0, 4, 1).T
+    at_zero = Spline().functions(f.amplitude.new_zeros(1), f)[0]
+    if not f.constant:
+        table[0] -= at_zero @ f.amplitude
     return Cells(table, 1 / step, f.span / step + 3, adjoint, dtype)

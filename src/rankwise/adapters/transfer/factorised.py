@@ -135,7 +135,7 @@ def factorised_linear(
         columns: Factors on the columns of the update.
     """
     parameters = (x, a, b, f.amplitude, f.bandwidth, f.grid)
-    fixed = (f.basis, f.span, way, scale)
+    fixed = (f.basis, f.span, f.constant, way, scale)
     output: Tensor = _Linear.apply(*parameters, weight, bias, columns, fixed)
     return output
 
@@ -215,14 +215,14 @@ class _Polynomial:
         nodes, self.matrix = (part.to(device) for part in power_map(way.degree))
         self.nodes = nodes * (way.radius_a * way.radius_b)
         self.degrees, self.counts = _counts(r, way.degree, device)
-        coefficients = self.matrix @ BASES[f.basis].value(self.nodes, self.f)
+        coefficients = self.matrix @ self.f.value(self.nodes)
         self.weights = coefficients[self.degrees][:, None] * self.counts
 
     def gradients(self, sums: Float[Tensor, "m 1"]) -> ParameterGradients:
         """By f's parameters, from those by the weights."""
         sums = sums.double() * self.counts
         moments = sums.new_zeros(len(self.nodes)).index_add_(0, self.degrees, sums[:, 0])
-        return BASES[self.f.basis].gradients(self.nodes, moments @ self.matrix, self.f)
+        return self.f.gradients(self.nodes, moments @ self.matrix)
 
 
 class _Factors:
@@ -257,9 +257,9 @@ class _Linear(torch.autograd.Function):
             raise RuntimeError(
                 "factorised_linear has no gradient for weight, bias or columns; freeze them."
             )
-        basis, span, way, ctx.scale = fixed
+        basis, span, constant, way, ctx.scale = fixed
         with torch.autocast(x.device.type, enabled=False):
-            f = Transfer(basis, span, amplitude, bandwidth, grid)
+            f = Transfer(basis, span, amplitude, bandwidth, grid, constant)
             ctx.polynomial = _Polynomial(f, way, len(a))
             factors = _Factors(a, b, ctx.polynomial)
             left = factors.powers_a if columns is None else factors.powers_a * columns

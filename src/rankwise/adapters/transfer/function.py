@@ -83,7 +83,7 @@ def transfer_linear(
         radius: No entry of `B A` is larger in size; negative: found from the factors' norms.
     """
     parameters = (x, a, b, f.amplitude, f.bandwidth, f.grid)
-    fixed = (f.basis, f.span, scale, evaluation, radius)
+    fixed = (f.basis, f.span, f.constant, scale, evaluation, radius)
     linear = operator.linear if torch.compiler.is_compiling() else _Linear.apply
     output: Tensor = linear(*parameters, weight, bias, columns, *fixed)
     return output
@@ -106,12 +106,10 @@ class _Linear(torch.autograd.Function):
         a, b, amplitude, bandwidth, grid, weight, bias, columns, *fixed = inputs
         if any(ctx.needs_input_grad[6:9]):
             raise RuntimeError(FROZEN)
-        basis, span, ctx.scale, evaluation, radius = fixed
+        basis, span, constant, ctx.scale, evaluation, radius = fixed
         ctx.save_for_backward(x, a, b, amplitude, bandwidth, grid, weight, columns)
-        f, merge = (
-            Transfer(basis, span, amplitude, bandwidth, grid),
-            Merge(weight, ctx.scale, columns),
-        )
+        f = Transfer(basis, span, amplitude, bandwidth, grid, constant)
+        merge = Merge(weight, ctx.scale, columns)
         output, ctx.used = forward_pass(x, a, b, f, merge, bias, evaluation, radius)
         return output
 
@@ -125,7 +123,7 @@ class _Linear(torch.autograd.Function):
             found = backward_pass(grad, x, a, b, ctx.used.fresh(), merge, **asked)
         like = zip(found, (x, a, b, *parameters), needs[:6], strict=True)
         wanted = (None if g is None or not need else g.to(p.dtype) for g, p, need in like)
-        return (*once_differentiable(tuple(wanted), (grad, *saved)), *[None] * 8)
+        return (*once_differentiable(tuple(wanted), (grad, *saved)), *[None] * 9)
 
 
 class _Once(torch.autograd.Function):

@@ -24,8 +24,8 @@ from rankwise.adapters.transfer.passes import (
 
 _PARAMETERS = (
     "(Tensor x, Tensor a, Tensor b, Tensor amplitude, Tensor? bandwidth, Tensor? grid, "
-    "Tensor? weight, Tensor? bias, Tensor? columns, str basis, float span, float scale, "
-    "str evaluation, float radius"
+    "Tensor? weight, Tensor? bias, Tensor? columns, str basis, float span, "
+    "bool constant, float scale, str evaluation, float radius"
 )
 
 
@@ -41,11 +41,12 @@ def _forward(
     columns: Tensor | None,
     basis: str,
     span: float,
+    constant: bool,
     scale: float,
     evaluation: str,
     radius: float,
 ) -> Tensor:
-    f = Transfer(cast(BasisName, basis), span, amplitude, bandwidth, grid)
+    f = Transfer(cast(BasisName, basis), span, amplitude, bandwidth, grid, constant)
     merge = Merge(weight, scale, columns)
     return forward_pass(x, a, b, f, merge, bias, cast(Evaluation, evaluation), radius)[0]
 
@@ -62,8 +63,9 @@ def _(x: Tensor, a: Tensor, b: Tensor, *_: object) -> Tensor:
 
 def _backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     x, a, b, amplitude, bandwidth, grid, weight, _, columns = inputs[:9]
-    basis, span, scale, evaluation, radius, for_input, for_adapter = inputs[9:]
-    f, merge = Transfer(basis, span, amplitude, bandwidth, grid), Merge(weight, scale, columns)
+    basis, span, constant, scale, evaluation, radius, for_input, for_adapter = inputs[9:]
+    f = Transfer(basis, span, amplitude, bandwidth, grid, constant)
+    merge = Merge(weight, scale, columns)
     # the trace holds no objects: f's expansion is found again
     used = layer_evaluator(f, a, b, evaluation, radius)
     found = backward_pass(grad, x, a, b, used, merge, for_input=for_input, for_adapter=for_adapter)
@@ -104,7 +106,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad.contiguous(), *ctx.saved_tensors, *ctx.fixed, needs[0], any(needs[1:6])
     )
     wanted = [g if need else None for g, need in zip(results, needs[:6], strict=True)]
-    return (*wanted, *[None] * 8)
+    return (*wanted, *[None] * 9)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
