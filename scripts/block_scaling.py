@@ -8,7 +8,8 @@ A cell is scaling x init_fan_in x learning rate x n x seed x task: uniform n, or
 by GID (`rankwise.RaLora`). One JSON line is added for every finished run, with the held-out loss;
 cells that OUT.jsonl already holds are not run again, so the same command continues where it was
 stopped, and a second one with more seeds or steps adds to the file. Held-out sequences are the last
-5 % of the training file: test sets stay out of it. `--summary` prints the table instead.
+5 % of the training file: test sets stay out of it. `--summary` prints tables instead: losses by
+learning rate, and each setting against LoRA, paired by seed.
 
 n = 1 has one scaling and one init, which is plain LoRA; it runs once per learning rate and seed.
 """
@@ -34,8 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 import rankwise as rw
 from rankwise.allocation import dividing_blocks
+from rankwise.experiments.statistics import summarise
 from rankwise.files import read_json_lines
 from rankwise.provenance import git_commit, versions
+from rankwise.tables import markdown_table
 from rankwise.training.config import DataConfig
 from rankwise.training.data import TokenData, load_token_data
 from rankwise.training.evaluate import held_out_loss
@@ -163,23 +166,74 @@ def batches(task: Task, cell: Cell) -> Iterator[dict[str, Any]]:
         yield from task.data.loader(cell.batch_size, seed=1000 * cell.seed + epoch)
 
 
+Setting = tuple[str, str, str]
+"""Blocks, scaling and init."""
+LORA: Setting = ("1", "paper", "full")
+
+
 def summary(done: dict[Cell, dict[str, Any]]) -> str:
-    """Mean held-out loss over seeds, as Markdown: a row per setting, a column per learning rate."""
-    groups: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for cell, row in done.items():
-        key = (cell.task, cell.steps, cell.blocks, cell.scaling, cell.init_fan_in)
-        groups[key][cell.lr].append(math.inf if row["held_out"] is None else row["held_out"])
-    rates = sorted({cell.lr for cell in done})
-    lines = ["| task | steps | n | scaling | init | " + " | ".join(map(str, rates)) + " | best |"]
-    lines.append("|" + "---|" * (6 + len(rates)))
-    for key, by_rate in sorted(groups.items()):
-        means = {rate: statistics.mean(values) for rate, values in by_rate.items()}
-        shown = [
-            f"{means[rate]:.4f} ({len(by_rate[rate])})" if rate in means else "" for rate in rates
-        ]
-        best = f"{min(means.values()):.4f}"
-        lines.append("| " + " | ".join([*map(str, key), *shown, best]) + " |")
-    return "\n".join(lines)
+    """Two tables in Markdown for every task and length."""
+    parts = []
+    for task, steps in sorted({(cell.task, cell.steps) for cell in done}):
+        losses: dict[Setting, dict[float, dict[int, float]]]
+        losses = defaultdict(lambda: defaultdict(dict))
+        for cell, row in done.items():
+            if (cell.task, cell.steps) == (task, steps):
+                key = cell.blocks, cell.scaling, cell.init_fan_in
+                held_out = row["held_out"]
+                losses[key][cell.lr][cell.seed] = math.inf if held_out is None else held_out
+        parts += [f"### {task}, {steps} steps", _by_rate(losses), _against_lora(losses)]
+    return "\n\n".join(parts)
+
+
+def _by_rate(losses: dict[Setting, dict[float, dict[int, float]]]) -> str:
+    """Mean held-out loss, its standard deviation and the number of seeds, by learning rate."""
+    rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
+    rows = []
+    for setting, by_rate in sorted(losses.items()):
+        cells = [_spread([*by_rate[rate].values()]) if rate in by_rate else "" for rate in rates]
+        rows.append([*setting, *cells])
+    return markdown_table(["n", "scaling", "init", *(f"lr {rate:g}" for rate in rates)], rows)
+
+
+def _against_lora(losses: dict[Setting, dict[float, dict[int, float]]]) -> str:
+    """Differences to LoRA, paired by seed: both at LoRA's best rate, and each at its own best.
+
+    The best rate is that of the smallest mean, among the rates with the most seeds.
+    """
+    if LORA not in losses:
+        return "LoRA (n = 1) has not been run."
+    at = _best(losses[LORA])
+    reference, rows = losses[LORA][at], []
+    for setting, by_rate in sorted(losses.items()):
+        own = _best(by_rate)
+        differences = [
+            [loss - reference[seed] for seed, loss in by_rate.get(rate, {}).items()
+             if seed in reference]
+            for rate in (at, own)
+        ]  # fmt: skip
+        rows.append([*setting, _interval(differences[0]), f"{own:g}", _interval(differences[1])])
+    columns = ["n", "scaling", "init", f"at LoRA's best, {at:g}", "own best", "there"]
+    return markdown_table(columns, rows)
+
+
+def _best(by_rate: dict[float, dict[int, float]]) -> float:
+    most = max(len(by_seed) for by_seed in by_rate.values())
+    full = {rate: by_seed for rate, by_seed in by_rate.items() if len(by_seed) == most}
+    return min(full, key=lambda rate: statistics.mean(full[rate].values()))
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
+
+
+def _interval(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    found = summarise(differences)
+    spread = f" [{found.low:+.4f}, {found.high:+.4f}]" if len(differences) > 1 else ""
+    return f"{found.mean:+.4f}{spread} ({len(differences)})"
 
 
 def arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Every configuration of `experiments/paper`, parsed and counted without weights, in both scales.
+"""Every configuration of `experiments`, parsed and counted without weights, in both scales.
 
 Models are built from their dimensions on the meta device, once each; methods are sized for every
 task and budget. What a profile decides is bounded by the budget, and is no matter of these tests.
@@ -16,11 +16,12 @@ from rankwise.targets import find_targets
 
 PAPER = Path(__file__).parents[2] / "experiments" / "paper"
 FILES = sorted(PAPER.glob("*/*.yaml"))
+MAIN = sorted((PAPER.parent / "main").glob("*.yaml"))
 CASES = [
     pytest.param(path, scale, id=f"{path.parent.name}-{path.stem}-{scale}")
     for path in FILES
     for scale in ("full", "small")
-]
+] + [pytest.param(path, "full", id=f"main-{path.stem}") for path in MAIN]
 TABLES = {
     "ralora": {*range(1, 12)} - {8},
     "lr-lora": {*range(1, 28)} - {10},
@@ -78,7 +79,7 @@ def test_it_is_parsed_and_counted(path, scale):
     entries = config.make_methods()
     labels = [entry.label for entry in entries]
     assert config.title
-    assert config.output.startswith(f"runs/paper/{path.parent.name}/")
+    assert config.output.endswith(f"{path.parent.name}/{path.stem}")
     for spec in config.make_tasks():
         targets = _targets(spec.task, spec.targets)
         assert targets
