@@ -7,6 +7,7 @@ with a slow, obviously right `reference_delta`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,8 @@ class AdapterCase:
         reference_delta: Factors -> `delta_W (d_out, d_in)` in their dtype, differentiably, without
             using any code of the adapter.
         drop: Input, probability -> the input that the adapter sees, with the adapter's own draws.
-        summed: Factors whose gradient is one sum over all entries of `delta_W`, of both signs: ten
-            times the tolerance, for it is a tenth as large as a sum of random signs would be.
+        summed: Factors whose gradient is one sum over all entries of `delta_W`, of both signs.
+        slack: Times the tolerance for them, for such a sum is smaller than one of random signs.
     """
 
     id: str
@@ -51,11 +52,13 @@ class AdapterCase:
     reference_delta: Callable[[Factors], Tensor]
     drop: Callable[[Tensor, float], Tensor] = F.dropout
     summed: tuple[str, ...] = ()
+    slack: float = 10
 
 
 def ralora_case(blocks: int) -> AdapterCase:
     def config(**options: Any) -> PeftConfig:
-        return RaLoraConfig(r=RANK, alpha=ALPHA, blocks=blocks, target_modules=["layer"], **options)
+        alpha = ALPHA / math.sqrt(blocks)  # updates no larger than the weights they are added to
+        return RaLoraConfig(r=RANK, alpha=alpha, blocks=blocks, target_modules=["layer"], **options)
 
     def reference_delta(factors: Factors) -> Tensor:
         a, b = factors["ralora_A"], factors["ralora_B"]
@@ -75,7 +78,9 @@ def sinc_by_quadrature(t: Tensor) -> Tensor:
     return torch.cos(torch.pi * t[..., None] * s) @ torch.from_numpy(weights / 2)
 
 
-def lrlora_case(grid: str = "uniform", bandwidth: str = "learned") -> AdapterCase:
+def lrlora_case(
+    grid: str = "uniform", bandwidth: str = "learned", constant: bool = True
+) -> AdapterCase:
     points = 7
 
     def config(**options: Any) -> PeftConfig:
@@ -86,6 +91,7 @@ def lrlora_case(grid: str = "uniform", bandwidth: str = "learned") -> AdapterCas
             span=1.0,
             grid=grid,
             bandwidth=bandwidth,
+            constant=constant,
             target_modules=["layer"],
             **options,
         )
@@ -99,7 +105,10 @@ def lrlora_case(grid: str = "uniform", bandwidth: str = "learned") -> AdapterCas
                 w = torch.log1p(torch.exp(factors["lrlora_bandwidth"][k]))
             if "lrlora_grid" in factors:
                 g = factors["lrlora_grid"][k]
-            delta = delta + factors["lrlora_amplitude"][k] * sinc_by_quadrature(w * (u - g))
+            basis = sinc_by_quadrature(w * (u - g))
+            if not constant:
+                basis = basis - sinc_by_quadrature(w * (torch.zeros_like(u) - g))
+            delta = delta + factors["lrlora_amplitude"][k] * basis
         return ALPHA / RANK * delta
 
     def drop(x: Tensor, p: float) -> Tensor:
@@ -107,16 +116,18 @@ def lrlora_case(grid: str = "uniform", bandwidth: str = "learned") -> AdapterCas
         return x * F.dropout(torch.ones(D_IN), p)
 
     return AdapterCase(
-        f"lrlora-{grid}-{bandwidth}",
+        f"lrlora-{grid}-{bandwidth}" + ("" if constant else "-no-constant"),
         config,
         reference_delta,
         drop,
         summed=("lrlora_amplitude", "lrlora_bandwidth", "lrlora_grid"),
+        slack=10 if constant else 100,
     )
 
 
 ADAPTERS = [ralora_case(blocks) for blocks in (1, 2, 8, 32)]
 ADAPTERS += [lrlora_case(), lrlora_case("learned"), lrlora_case(bandwidth="fixed")]
+ADAPTERS += [lrlora_case(constant=False)]
 
 every_adapter = pytest.mark.parametrize("case", ADAPTERS, ids=lambda case: case.id)
 every_dtype = pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def test_profile_plan_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert "water-fill" in capsys.readouterr().out
     assert call("diff", place / "plan.json", place / "w.json") == 0
     assert "modules differ" in capsys.readouterr().out
-    options = ["r=2", "scaling=function", "rank_scaling=r", "--out", place / "f.json"]
+    options = ["r=2", "scaling=paper", "rank_scaling=r", "--out", place / "f.json"]
     assert call("plan", place / "p", *options) == 0
-    assert "updates scaled by alpha / r x sqrt(n)" in capsys.readouterr().out
+    assert "updates scaled by alpha / r, A drawn" in capsys.readouterr().out
     assert call("plan", place / "p", "--curve", "--recommend") == 0
     assert "of the gradient energy measured over 2 batches" in capsys.readouterr().out
     assert call("inspect", place / "p") == 0
@@ -93,7 +93,7 @@ def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert call("inspect", place / "run/adapter") == 0
     shown = capsys.readouterr().out
     assert "ralora adapter" in shown
-    assert "scaling=paper, rank_scaling=r_ref, init_fan_in=full" in shown
+    assert "scaling=function, rank_scaling=r_ref, init_fan_in=full" in shown
     assert call("report", place / "run", "--out", place / "page.html") == 0
     assert (place / "page.html").stat().st_size > 1e6
 

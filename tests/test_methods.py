@@ -101,14 +101,14 @@ class TestRaLora:
             "r": 8,
             "alpha": 32,
             "n_max": 32,
-            "scaling": "paper",
+            "scaling": "function",
             "rank_scaling": "r_ref",
             "init_fan_in": "full",
         }
 
     @pytest.mark.parametrize("method", [RaLora, RaLoraPro, partial(Compose, adapter="ralora")])
     def test_scaling_and_drawing_are_in_the_plan(self, method: Any) -> None:
-        options = {"scaling": "function", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
+        options = {"scaling": "paper", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
         profile = synthetic_profile(SHAPES, gid=20)
         assert method(r=4).plan(profile).block_options == BlockOptions()
         assert asdict(method(r=4, **options).plan(profile).block_options) == options
@@ -119,8 +119,8 @@ class TestRaLora:
             RaLora(**{option: "other"})
 
     def test_plain_lora_has_no_options_of_blocks(self) -> None:
-        with pytest.raises(PlanError, match=r"alpha / r_ref x sqrt\(n\), .* adapter 'lora'"):
-            Compose(scaling="function").plan(synthetic_profile(SHAPES))
+        with pytest.raises(PlanError, match=r"alpha / r_ref, .* adapter 'lora'"):
+            Compose(scaling="paper").plan(synthetic_profile(SHAPES))
 
     def test_n_max(self) -> None:
         plan = RaLora(r=1, n_max=4).plan(synthetic_profile(SHAPES, gid=60))

@@ -103,8 +103,11 @@ class TestValues:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (BlockOptions(), "by alpha / r_ref, A drawn for the full fan-in, with alpha = 8"),
-            (BlockOptions("function", "r", "block"), "alpha / r x sqrt(n), A drawn for the block"),
+            (
+                BlockOptions(),
+                "alpha / r_ref x sqrt(n), A drawn for the full fan-in, with alpha = 8",
+            ),
+            (BlockOptions("paper", "r", "block"), "by alpha / r, A drawn for the block"),
         ],
     )
     def test_text_says_how_blocks_are_scaled(self, options: BlockOptions, said: str) -> None:
@@ -130,7 +133,7 @@ class TestFiles:
         profile = synthetic_profile({"a": (64, 32), "b.0.c": (16, 16)}, gid=10)
         for method in (
             Lora(r=2),
-            RaLora(r=2, alpha=3.5, scaling="function"),
+            RaLora(r=2, alpha=3.5, scaling="paper"),
             RaLoraPro(r=2, budget="paper", rank_scaling="r", init_fan_in="block"),
         ):
             plan = method.plan(profile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -75,7 +76,7 @@ class TestAttach:
             n, r = planned.blocks, planned.rank
             assert a.shape == (n, r, planned.d_in // n)
             assert b.shape == (n, planned.d_out // n, r)
-            assert layers[name].scaling["default"] == plan.alpha / plan.r_ref
+            assert layers[name].scaling["default"] == plan.alpha / plan.r_ref * math.sqrt(n)
 
     def test_it_is_the_base_at_the_start(self, base: nn.Module, plan: RankPlan) -> None:
         expected = base(tokens()).logits
@@ -197,7 +198,10 @@ class TestNamesThatEndAlike:
             for name, module in model.named_modules()
             if hasattr(module, "scaling")
         }
-        assert found == {n: (m.rank, m.blocks, plan.scaling) for n, m in plan.modules.items()}
+        assert found == {
+            name: (m.rank, m.blocks, plan.scaling * math.sqrt(m.blocks))
+            for name, m in plan.modules.items()
+        }
 
 
 class TestWrongPlans:

@@ -367,7 +367,7 @@ class TestNative:
         assert says in card
         assert "folded" not in card
 
-    @pytest.mark.parametrize("options", [{}, {"scaling": "function", "rank_scaling": "sqrt_r"}])
+    @pytest.mark.parametrize("options", [{}, {"scaling": "paper", "rank_scaling": "sqrt_r"}])
     def test_the_cards_recipe_without_rankwise(
         self, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -22,7 +22,7 @@ def after_one_step(n: int, lr: float) -> tuple[Tensor, Tensor, float]:
     torch.manual_seed(0)
     d_in, d_out = 32, 48
     base = nn.Sequential(nn.Linear(d_in, d_out)).double()
-    config = RaLoraConfig(r=3, alpha=5, blocks=n, target_modules=["0"])
+    config = RaLoraConfig(r=3, alpha=5, blocks=n, scaling="paper", target_modules=["0"])
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     train_by_chance_(model)
     layer = model.base_model.model[0]
@@ -76,7 +76,7 @@ def test_at_the_start_only_the_energy_on_the_blocks_counts(spectrum: str, n: int
         gradient = gradient[:, :1] @ gradient[:1]
     model = get_peft_model(
         nn.Sequential(nn.Linear(d, d, bias=False)),
-        RaLoraConfig(r=r, alpha=3 * r, blocks=n, target_modules=["0"]),
+        RaLoraConfig(r=r, alpha=3 * r, blocks=n, scaling="paper", target_modules=["0"]),
     )
     layer = model.base_model.model[0]
     a, b = layer.factors("default")

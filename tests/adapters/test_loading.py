@@ -46,7 +46,7 @@ class TestGoodAdapters:
         assert torch.equal(load_adapter(TwoLayers(), tmp_path)(X), expected)
 
     @pytest.mark.parametrize(
-        "options", [{"scaling": "function"}, {"rank_scaling": "sqrt_r"}, {"dropout": 0.2}]
+        "options", [{"scaling": "paper"}, {"rank_scaling": "sqrt_r"}, {"dropout": 0.2}]
     )
     def test_options(self, options: dict[str, Any], tmp_path: Path) -> None:
         expected = make_ralora(tmp_path, **options)

@@ -36,7 +36,7 @@ OURS: list[str | dict[str, Any]] = [
     {"name": "lr-lora", "points": 6, "share": "all"},
     {"name": "lr-lora", "points": 6, "grid": "learned", "share": "grid"},
     {"name": "lr-lora", "points": 6, "basis": "polynomial"},
-    {"name": "ralora", "scaling": "function", "init_fan_in": "block"},
+    {"name": "ralora", "scaling": "paper", "init_fan_in": "block"},
 ]
 RANK, STEPS = 4, 4
 
@@ -170,7 +170,8 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch() -> None:
 def test_alpha_over_r_scales_every_update() -> None:
     for scale in (1.0, 4.0):
         for name in ("lora", "ralora", "lr-lora", "melora", "water-fill"):
-            adapted, _ = _adapt({"name": name, "alpha_over_r": scale})
+            own = {"scaling": "paper"} if name == "ralora" else {}
+            adapted, _ = _adapt({"name": name, "alpha_over_r": scale} | own)
             scales = {
                 value
                 for module in adapted.model.modules()

@@ -33,7 +33,8 @@ def test_spectra_are_those_of_the_dense_update(method: Lora | RaLora, tmp_path: 
         a, b = (tensors[f"{key}_{side}.weight"].double() for side in "AB")
         if a.ndim == 2:
             a, b = a[None], b[None]
-        dense = plan.scaling * torch.block_diag(*(b[i] @ a[i] for i in range(len(a))))
+        scale = plan.scaling * math.sqrt(len(a))
+        dense = scale * torch.block_diag(*(b[i] @ a[i] for i in range(len(a))))
         values = torch.linalg.svdvals(dense)
         planned = plan.modules[name]
         reach = planned.rank * planned.blocks
@@ -70,10 +71,10 @@ def test_the_scaling_is_pefts(config: dict[str, Any], factor: float, tmp_path: P
 @pytest.mark.parametrize(
     ("config", "factor"),
     [
-        ({}, 16 / 8),
-        ({"scaling": "function"}, 16 / 8 * math.sqrt(2)),
-        ({"rank_scaling": "r"}, 16 / 4),
-        ({"rank_scaling": "sqrt_r", "scaling": "function"}, 16 / 2 * math.sqrt(2)),
+        ({}, 16 / 8 * math.sqrt(2)),
+        ({"scaling": "paper"}, 16 / 8),
+        ({"rank_scaling": "r", "scaling": "paper"}, 16 / 4),
+        ({"rank_scaling": "sqrt_r"}, 16 / 2 * math.sqrt(2)),
     ],
 )
 def test_the_scaling_of_blocks(config: dict[str, Any], factor: float, tmp_path: Path) -> None:

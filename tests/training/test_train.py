@@ -81,7 +81,7 @@ def test_profile_is_used_instead_of_made(place: Path, tmp_path: Path) -> None:
 
 def test_a_saved_plan_is_used(place: Path, tmp_path: Path) -> None:
     """With its scaling and its drawing, which came from the run's method."""
-    options = {"scaling": "function", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
+    options = {"scaling": "paper", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
     run = train(config(place, tmp_path / "a", method={"name": "ralora", "r": 2, **options}))
     again = train(config(place, tmp_path / "b", plan=str(tmp_path / "a/plan.json")))
     assert again.plan == run.plan

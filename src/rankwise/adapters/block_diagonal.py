@@ -32,7 +32,13 @@ from rankwise.adapters.options import (
 from rankwise.adapters.registration import peft_type
 from rankwise.adapters.scaling import update_scaling
 from rankwise.allocation import dividing_blocks
-from rankwise.plan.block_options import BLOCK_CHOICES, BlockScaling, FanIn, RankScaling
+from rankwise.plan.block_options import (
+    BLOCK_CHOICES,
+    BlockOptions,
+    BlockScaling,
+    FanIn,
+    RankScaling,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +58,8 @@ class RaLoraConfig(PeftConfig):
         alpha: Scaling numerator; default 16, as in the RaLoRA paper.
         rank_scaling: What alpha is divided by: `"r_ref"`, which is `r`; `"r"` or `"sqrt_r"`, the
             layer's own rank or its root. See `rankwise.adapters.scaling.update_scaling`.
-        scaling: `"paper"`, or `"function"` to multiply the factor by sqrt(n), so that the function
-            moves as fast as LoRA's; derived there.
+        scaling: `"function"` multiplies the factor by sqrt(n), so that first steps move the
+            function as far as LoRA's; `"paper"` does not. Derived and measured there.
         blocks: Diagonal blocks n, a power of two, where `blocks_pattern` names no other. Where n
             does not divide a layer, the largest power of two below it that does is used.
         rank_pattern: Module name, or the end of one after a dot -> rank. Names are literal, not
@@ -75,15 +81,15 @@ class RaLoraConfig(PeftConfig):
 
     r: int = 8
     alpha: float = 16
-    rank_scaling: RankScaling = "r_ref"
-    scaling: BlockScaling = "paper"
+    rank_scaling: RankScaling = BlockOptions.rank_scaling
+    scaling: BlockScaling = BlockOptions.scaling
     blocks: int = 1
     rank_pattern: dict[str, int] = field(default_factory=dict)
     blocks_pattern: dict[str, int] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     dropout: float = 0.0
-    init_fan_in: FanIn = "full"
+    init_fan_in: FanIn = BlockOptions.init_fan_in
     init_weights: bool = True
     bias: Literal["none", "all", "ralora_only"] = "none"
     modules_to_save: list[str] | None = None

@@ -19,6 +19,7 @@ from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.errors import FileError, nearest
 from rankwise.files import parse_json, read_text
+from rankwise.plan import BlockOptions
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 WHAT = "adapter configuration"
@@ -53,12 +54,12 @@ class SavedRaLora(SavedConfig):
 
     peft_type: Literal["RALORA"] = "RALORA"
     alpha: float = 16.0
-    rank_scaling: str = "r_ref"
-    scaling: str = "paper"
+    rank_scaling: str = BlockOptions.rank_scaling
+    scaling: str = BlockOptions.scaling
     blocks: int = 1
     blocks_pattern: dict[str, int] = field(default_factory=dict)
     dropout: float = 0.0
-    init_fan_in: str = "full"
+    init_fan_in: str = BlockOptions.init_fan_in
     init_weights: bool = True
     base_fingerprint: str | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rankwise.plan.block_options import BlockScaling, RankScaling
+from rankwise.plan.block_options import BlockOptions, BlockScaling, RankScaling
 
 
 def update_scaling(
@@ -13,8 +13,8 @@ def update_scaling(
     rank: int,
     r_ref: int,
     blocks: int,
-    by: RankScaling = "r_ref",
-    scaling: BlockScaling = "paper",
+    by: RankScaling = BlockOptions.rank_scaling,
+    scaling: BlockScaling = BlockOptions.scaling,
 ) -> float:
     """The factor s of `delta_W = s blockdiag(B_1 A_1, ..., B_n A_n)`.
 

@@ -13,7 +13,7 @@ from rankwise.experiments.methods import Entry
 
 Phase = Literal["search", "final"]
 
-SETTINGS_VERSION = 1
+SETTINGS_VERSION = 2
 """Counts up when the same settings begin to mean something else, so that old records do not fit."""
 
 

@@ -21,10 +21,8 @@ HELD_OUT_SEQUENCES = 16
 
 READING = (
     "How to read this: one seed, {steps} steps, one learning rate for both. That is enough to see "
-    "that both learn and that they are the same size; it cannot say which is better. With LoRA's "
-    "initialisation and scaling, an adapter of n blocks moves the model about sqrt(n) times less "
-    "per step, so in short runs at one learning rate the blocks usually trail; compare methods at "
-    "each one's best learning rate, over several seeds."
+    "that both learn and that they are the same size; it cannot say which is better. For that, "
+    "compare methods at each one's best learning rate, over several seeds: `rankwise compare`."
 )
 
 

@@ -87,7 +87,8 @@ def melora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) -> 
     Raises:
         ConfigError: An option is unknown or its value is not allowed.
     """
-    settings: dict[str, Any] = {"blocks": MELORA_BLOCKS, "init_fan_in": "block"} | dict(options)
+    own = {"blocks": MELORA_BLOCKS, "init_fan_in": "block", "scaling": "paper"}
+    settings: dict[str, Any] = own | dict(options)
     _config(RaLoraConfig, settings, name)
 
     def config(job: Job, size: Size) -> PeftConfig:

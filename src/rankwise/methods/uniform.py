@@ -53,9 +53,9 @@ class BlockMethod(Method):
     """
 
     n_max: int = 32
-    scaling: BlockScaling = "paper"
-    rank_scaling: RankScaling = "r_ref"
-    init_fan_in: FanIn = "full"
+    scaling: BlockScaling = BlockOptions.scaling
+    rank_scaling: RankScaling = BlockOptions.rank_scaling
+    init_fan_in: FanIn = BlockOptions.init_fan_in
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class RaLora(BlockMethod):
 
     Attributes:
         n_max: Largest number of blocks, a power of two. Default 32, as in the paper.
-        scaling: `"paper"`, or `"function"` to multiply s by sqrt(n).
+        scaling: `"function"` multiplies s by sqrt(n); `"paper"` leaves it.
         rank_scaling: What alpha is divided by: `"r_ref"`, which is r; `"r"` or `"sqrt_r"`, the
             module's own rank or its root.
         init_fan_in: `"full"` or `"block"`: by which fan-in A is drawn.

@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from rankwise.errors import PlanError, nearest
 
 RankScaling = Literal["r_ref", "r", "sqrt_r"]
-BlockScaling = Literal["paper", "function"]
+BlockScaling = Literal["function", "paper"]
 FanIn = Literal["full", "block"]
 
 BLOCK_CHOICES: dict[str, tuple[str, ...]] = {
@@ -26,8 +26,8 @@ class BlockOptions:
     """The options of block-diagonal adapters that are the same for every module.
 
     Attributes:
-        scaling: `"paper"`, or `"function"` to multiply s by sqrt(n); see
-            `rankwise.adapters.scaling.update_scaling`.
+        scaling: `"function"` multiplies s by sqrt(n), so that first steps move the function as far
+            as LoRA's; `"paper"` does not. See `rankwise.adapters.scaling.update_scaling`.
         rank_scaling: What alpha is divided by: `"r_ref"`, the plan's reference rank; `"r"`, the
             module's own; or `"sqrt_r"`, the root of its own.
         init_fan_in: `"full"` draws A with LoRA's variance, `"block"` with that of the smaller
@@ -36,7 +36,7 @@ class BlockOptions:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    scaling: BlockScaling = "paper"
+    scaling: BlockScaling = "function"
     rank_scaling: RankScaling = "r_ref"
     init_fan_in: FanIn = "full"
 

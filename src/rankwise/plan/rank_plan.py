@@ -152,7 +152,7 @@ class RankPlan(Displayed):
 
     @property
     def scaling(self) -> float:
-        """`alpha / r_ref`: the factor s of every update, where `block_options` has the defaults."""
+        """`alpha / r_ref`: the factor s of LoRA; `block_options` says what blocks make of it."""
         return self.alpha / self.r_ref
 
     def save(self, path: str | Path) -> None:
