@@ -218,11 +218,14 @@ def test_records_of_other_data_are_refused(tmp_path: Path) -> None:
         make_results(Board(board.config))
 
 
-def test_nothing_finished_is_a_table_too(tmp_path: Path) -> None:
+def test_what_has_not_begun_is_said_without_empty_tables(tmp_path: Path) -> None:
     results = make_results(Board(make_experiment(_document(tmp_path))))
     assert results.finished == 0
     assert "choosing the learning rate" in terminal_table(results)
-    assert "0 of 144 cells finished" in markdown(results)
+    text = markdown(results)
+    assert "0 of 144 cells finished" in text
+    assert "choosing the learning rate" in text
+    assert "| lora |" not in text
 
 
 def test_the_reference_may_be_another(tmp_path: Path) -> None:

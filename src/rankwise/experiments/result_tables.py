@@ -47,7 +47,8 @@ def terminal_table(results: Results) -> str:
         rows = _rows_of(results, task, rank)
         columns = [column.format(reference=results.reference) for column in COLUMNS]
         table = make_table(columns, [_cells(row) for row in rows], title=_title(rows))
-        parts += [render(table), *(f"  {line}" for line in _remarks(rows)), ""]
+        parts += [render(table) if _has_results(rows) else _title(rows)]
+        parts += [*(f"  {line}" for line in _remarks(rows)), ""]
     parts += [line.lstrip("#- ") for line in _trade_section(results) if line]
     return "\n".join([*parts, _foot(results)])
 
@@ -58,7 +59,9 @@ def markdown(results: Results) -> str:
     for task, rank in _tables(results):
         rows = _rows_of(results, task, rank)
         columns = [column.format(reference=results.reference) for column in COLUMNS]
-        lines += ["", f"## {_title(rows)}", "", markdown_table(columns, map(_cells, rows))]
+        lines += ["", f"## {_title(rows)}"]
+        if _has_results(rows):
+            lines += ["", markdown_table(columns, map(_cells, rows))]
         lines += ["", *(f"- {line}" for line in _remarks(rows))]
     lines += (
         _pooled_section(results)
@@ -82,6 +85,10 @@ def save_results(results: Results, folder: Path) -> tuple[Path, Path]:
 
 def _tables(results: Results) -> list[tuple[str, int]]:
     return list(dict.fromkeys((row.task, row.rank) for row in results.rows))
+
+
+def _has_results(rows: Sequence[Row]) -> bool:
+    return any(row.values or row.diverged for row in rows)
 
 
 def _rows_of(results: Results, task: str, rank: int) -> list[Row]:
@@ -207,7 +214,7 @@ def _rate_section(results: Results) -> list[str]:
     """Appendix: the validation metric at every learning rate of the grid."""
     lines: list[str] = []
     for task, rank in _tables(results):
-        rows = [row for row in _rows_of(results, task, rank) if row.rates]
+        rows = [row for row in _rows_of(results, task, rank) if _is_searched(row)]
         if not rows:
             continue
         rates = sorted({rate for row in rows for rate in row.rates}, key=float)
@@ -215,6 +222,10 @@ def _rate_section(results: Results) -> list[str]:
         lines += ["", f"## Learning rates on the validation part: {task}, r = {rank}", ""]
         lines.append(markdown_table(["method", *rates], table))
     return lines
+
+
+def _is_searched(row: Row) -> bool:
+    return any(score is not None and not math.isnan(score) for score in row.rates.values())
 
 
 def _score(row: Row, rate: str) -> str:
