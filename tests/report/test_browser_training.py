@@ -134,6 +134,7 @@ def test_a_comparison_alone(tmp_path: Path, show: Callable[..., Any]) -> None:
     assert page.locator("h1").inner_text() == "small comparison"
     assert page.locator("#comparison-0 table").count() == 4
     assert HOSTILE in page.locator("#comparison-0 tbody").first.inner_text()
+    assert page.locator('[data-plot="methods"] .scatterlayer .point').count() > 9
     bars = page.locator('[data-plot="parameters"] .errorbar')
     assert bars.count() == 2 * 23
     looks = page.evaluate(

@@ -70,6 +70,38 @@ def test_the_plot_draws_means_and_intervals_over_the_budgets(tmp_path: Path) -> 
     assert "lower is better" in variants[1]["reading"]
 
 
+def test_every_seed_and_mean_stands_in_its_methods_row(tmp_path: Path) -> None:
+    page, document, _ = report_of(tmp_path / "compare", make_results())
+    variants = page.data("figures")["plots"]["methods"]
+    assert [v["label"] for v in variants] == [
+        "cola, r = 2",
+        "cola, r = 8",
+        "sums, r = 2",
+        "sums, r = 8",
+    ]
+    rows = [r for r in document["comparisons"][0]["rows"] if (r["task"], r["rank"]) == ("cola", 8)]
+    goal, seeds, means = variants[1]["figure"]["data"]
+    named = {row["label"].replace("<", "&lt;").replace(">", "&gt;"): row for row in rows}
+    assert [means["y"][0], len(means["y"])] == ["slow &lt;b&gt;one&lt;/b&gt;", 3]
+    for label, mean, up in zip(means["y"], means["x"], means["error_x"]["array"], strict=True):
+        summary = named[label]["summary"]
+        assert (mean, up) == (summary["mean"], summary["high"] - summary["mean"])
+    expected = {(s, label, v) for label, row in named.items() for s, v in row["values"].items()}
+    assert set(zip(seeds["customdata"], seeds["y"], seeds["x"], strict=True)) == expected
+    assert goal["x"] == [named["lora"]["summary"]["mean"]] * 2
+    low, high = variants[1]["figure"]["layout"]["xaxis"]["range"]
+    assert low < min(seeds["x"]) and max(seeds["x"]) < high
+    assert variants[1]["figure"]["layout"]["yaxis"]["categoryarray"][-1] == means["y"][0]
+
+
+def test_one_budget_has_no_plot_of_parameters(tmp_path: Path) -> None:
+    results = make_results()
+    results["rows"] = [row for row in results["rows"] if row["rank"] == 8]
+    page, _, _ = report_of(tmp_path / "compare", results)
+    assert "parameters" not in page.data("figures")["plots"]
+    assert len(page.data("figures")["plots"]["methods"]) == 2
+
+
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     results = make_results(seeds=1)
     results["finished"] = 39

@@ -70,13 +70,13 @@ def comparison_tables(comparison: ComparisonView) -> str:
 
 
 def parameter_variants(report: Report) -> list[Variant]:
-    """The metric against parameters with intervals, one variant a task."""
+    """The metric against parameters with intervals, one variant a task of several budgets."""
     found = []
     for comparison in report.comparisons:
         for task in dict.fromkeys(row.task for row in comparison.rows):
             rows = [row for row in comparison.rows if row.task == task and row.summary is not None]
             rows = [row for row in rows if row.size is not None]
-            if not rows:
+            if len({row.rank for row in rows}) < 2:
                 continue
             figure = go.Figure(
                 [

@@ -23,7 +23,11 @@ def variant(label: str, reading: str, figure: go.Figure, **facts: Any) -> Varian
 
 
 def line(
-    x: Sequence[float], y: Sequence[float | None], name: str, series: int, **more: Any
+    x: Sequence[float],
+    y: Sequence[float | None] | Sequence[str],
+    name: str,
+    series: int,
+    **more: Any,
 ) -> go.Scatter:
     """A line with markers in the symbol of its series; the page's styles hold its colour."""
     options: dict[str, Any] = {

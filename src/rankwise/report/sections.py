@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from rankwise.report.comparison import comparison_tables, parameter_variants
+from rankwise.report.comparison_dots import method_variants
 from rankwise.report.comparison_view import ComparisonView
 from rankwise.report.landscape_plot import landscape_variants
 from rankwise.report.lr_plots import function_variants, learned_variants
@@ -32,6 +33,7 @@ from rankwise.report.words import loss, short, whole
 Plots = Mapping[str, Sequence[Variant]]
 
 PLOTS: dict[str, tuple[str, Callable[[Report], list[Variant]]]] = {
+    "methods": ("Methods side by side", method_variants),
     "parameters": ("The metric against parameters", parameter_variants),
     "loss": ("Loss", loss_variants),
     "ranks": ("Ranks against uniform", rank_variants),
@@ -67,12 +69,13 @@ def sections(
             section(f"Comparison: {each.title}", f"comparison-{i}", comparison_tables(each))
             for i, each in enumerate(report.comparisons)
         ),
+        plot("methods"),
         plot("parameters"),
         section("Runs", "runs", comparison_table(report.runs)) if report.runs else "",
         plot("loss"),
         section("Layer by layer", "layers", _heatmap(heatmaps)) if heatmaps else "",
         section("Plans", "plans", budget_table(report.plans)) if report.plans else "",
-        *(plot(name) for name in PLOTS if name not in ("parameters", "loss")),
+        *(plot(name) for name in PLOTS if name not in ("methods", "parameters", "loss")),
         section("Health", "health", health_table(checks)) if checks else "",
         section("Serving", "serving", serving_table(report.plans)) if report.plans else "",
         _outside(report),
