@@ -30,8 +30,8 @@ def update_scaling(
     the output by `lr s^2 |z|^2 g`: n times less, and again `s sqrt(n)` makes up for it. So the
     function moves as far as LoRA's at the same alpha, rank and learning rate, at first. Drawing A
     with `init_fan_in="block"`, which multiplies its standard deviation by sqrt(n), does the same
-    to the first step of B, but not to those of A that follow. The default, `"paper"`, leaves s as
-    it is.
+    to the first step of B, but not to those of A that follow. `"paper"` leaves s as it is. Measured
+    in `docs/results/block_scaling.md`.
 
     Args:
         alpha: LoRA's alpha.
@@ -39,12 +39,12 @@ def update_scaling(
         r_ref: Reference rank, that of LoRA with the same budget.
         blocks: Diagonal blocks n.
         by: What alpha is divided by.
-        scaling: Whether blocks leave s alone.
+        scaling: What blocks make of it.
 
     >>> update_scaling(16, rank=2, r_ref=8, blocks=4)
-    2.0
-    >>> update_scaling(16, rank=2, r_ref=8, blocks=4, by="r", scaling="function")
-    16.0
+    4.0
+    >>> update_scaling(16, rank=2, r_ref=8, blocks=4, by="r", scaling="paper")
+    8.0
     """
     denominator = {"r_ref": float(r_ref), "r": float(rank), "sqrt_r": math.sqrt(rank)}[by]
     return alpha / denominator * (math.sqrt(blocks) if scaling == "function" else 1.0)
