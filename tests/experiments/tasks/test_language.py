@@ -56,6 +56,28 @@ class TestParts:
         with pytest.raises(DataError, match="validation_rows=20"):
             task.load()
 
+    def test_rows_that_are_too_long_are_cut_or_dropped(self, folder, tmp_path):
+        words = [{"question": "a " * i, "answer": f"b {i}"} for i in range(20)]
+        path = str(write_rows(tmp_path / "rows.jsonl", words))
+        tests = [{"query": "a " * i, "reply": f"b {i}"} for i in range(20)]
+        test = str(write_rows(tmp_path / "test.jsonl", tests))
+        settings = {
+            "model": str(folder), "train": path, "test": test, "validation_rows": 2,
+            "test_prompt_column": "query", "test_completion_column": "reply",
+        }  # fmt: skip
+        everything = CompletionTask(**settings).load()
+        length = sorted(len(row["input_ids"]) for row in everything.test)[9]
+        cut = CompletionTask(**settings, max_length=length).load()
+        dropped = CompletionTask(**settings, max_length=length, drop_longer=True).load()
+        assert len(cut.test) == 20
+        for part in ("train", "validation", "test"):
+            short = [row for row in getattr(dropped, part) if len(row["input_ids"]) <= length]
+            assert short == getattr(dropped, part) != []
+            known = [*everything.train, *everything.validation, *everything.test]
+            assert all(row in known for row in short)
+        assert len(dropped.test) == sum(len(r["input_ids"]) <= length for r in everything.test)
+        assert len(dropped.train) + 2 == len(dropped.test) < 20
+
     def test_a_missing_column_is_named(self, folder, tmp_path):
         path = str(write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 9))
         task = CompletionTask(model=str(folder), train=path, test=path, validation_rows=2)

@@ -140,6 +140,12 @@ class Task(ABC):
         rows = read_rows(self.train, self.subset, self.train_split)
         return rows, read_rows(self.test, self.test_subset or self.subset, self.test_split)
 
+    def _usable(
+        self, train: list[Row], test: list[Row], processor: Any
+    ) -> tuple[list[Row], list[Row]]:
+        """Those rows of both parts that the task is to use, in order."""
+        return train, test
+
     def _test_rows(self, test: Sequence[Row]) -> list[Row]:
         """The rows that are tested on."""
         return [test[i] for i in evenly(len(test), self.max_test)]
@@ -151,7 +157,7 @@ class Task(ABC):
             DataError: A source is missing, has other columns, or has too few rows.
         """
         processor = self._processor()
-        rows, test = self._rows()
+        rows, test = self._usable(*self._rows(), processor)
         if len(rows) <= self.validation_rows:
             raise DataError(
                 f"{self.train}: {len(rows)} rows, of which validation_rows={self.validation_rows} "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,8 @@ class CompletionTask(Task):
         completion_column: Learned.
         test_prompt_column: Of the test part, if it has other columns.
         test_completion_column: Likewise.
+        drop_longer: Leave rows out that have more than `max_length` tokens, instead of cutting
+            them at the front.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
@@ -41,6 +44,7 @@ class CompletionTask(Task):
     completion_column: str = "answer"
     test_prompt_column: str | None = None
     test_completion_column: str | None = None
+    drop_longer: bool = False
 
     def load_model(self) -> PreTrainedModel:
         """A causal language model."""
@@ -68,6 +72,20 @@ class CompletionTask(Task):
             for part, column in zip(parts, (self.completion_column, self._test_column), strict=True)
         )
         return train, test
+
+    def _usable(
+        self, train: list[Row], test: list[Row], processor: Any
+    ) -> tuple[list[Row], list[Row]]:
+        if not self.drop_longer:
+            return train, test
+        whole = replace(self, max_length=sys.maxsize)
+        return (
+            [row for row in train if self._fits(whole._encode(row, processor))],
+            [row for row in test if self._fits(whole._encode_test(row, processor))],
+        )
+
+    def _fits(self, row: Row) -> bool:
+        return len(row["input_ids"]) <= self.max_length
 
     @property
     def _test_column(self) -> str:
