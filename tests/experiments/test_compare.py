@@ -60,6 +60,23 @@ def test_learning_rates_are_chosen_on_the_validation_part(finished: tuple[Board,
         assert board.choice(group).at_edge
 
 
+def test_a_shared_search_is_run_once_and_chooses_for_all(tmp_path: Path) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], learning_rates=[1e-3, 1e-2])
+    longer = document["tasks"][0] | {"name": "longer", "training": {"steps": 6}}
+    document |= {
+        "tasks": [*document["tasks"], longer | {"rates_from": "lines"}],
+        "budgets": [1, 2],
+        "selection": {"budget": 2},
+    }
+    board = _run(document)
+    names = [cell.name for cell in board.cells()]
+    assert len(names) == len(set(names)) == board.total() == 2 + 2 * 2 * 2
+    assert len(board.records()) == board.total()
+    searched = [name for name in names if name.endswith("--search")]
+    assert all(name.startswith("lines--lora--r2--") for name in searched)
+    assert len({board.choice(group).rate for group in board.groups}) == 1
+
+
 def test_results_are_those_of_the_records(finished: tuple[Board, Path]) -> None:
     board, _ = finished
     results = make_results(board)

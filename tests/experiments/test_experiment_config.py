@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from rankwise.errors import ConfigError
-from rankwise.experiments.cells import make_groups
+from rankwise.experiments.cells import make_groups, search_cells
 from rankwise.experiments.config import load_experiment, make_experiment
 
 MINIMAL: dict[str, Any] = {
@@ -19,6 +19,8 @@ MINIMAL: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "learning_rates": [1e-3, 1e-2],
 }
+
+LONG: dict[str, Any] = MINIMAL["tasks"][0] | {"name": "long", "training": {"steps": 900}}
 
 
 def test_a_file_with_overrides_and_a_small_scale(tmp_path: Path) -> None:
@@ -76,6 +78,17 @@ def test_a_task_may_have_settings_of_its_own() -> None:
         ({"tasks": [{"kind": "completion", "test": "x"}]}, "needs 'train'"),
         ({"tasks": [MINIMAL["tasks"][0]] * 2}, "one stands there twice"),
         ({"tasks": [MINIMAL["tasks"][0] | {"name": "a/b"}]}, "must be letters"),
+        ({"selection": {"budget": 2}}, "selection.budget=2 is no budget of one"),
+        ({"tasks": [MINIMAL["tasks"][0], LONG | {"rates_from": "on"}]}, "did you mean 'one'"),
+        ({"tasks": [LONG | {"rates_from": "long"}]}, "long.rates_from='long'"),
+        (
+            {"tasks": [MINIMAL["tasks"][0], LONG | {"rates_from": "one", "budgets": [2]}]},
+            "it has no budget 2; set selection.budget",
+        ),
+        (
+            {"tasks": [LONG | {"rates_from": "one", "learning_rates": [1e-3]}]},
+            "leaves nothing for learning_rates",
+        ),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
@@ -116,3 +129,18 @@ def test_a_fixed_learning_rate_is_not_searched() -> None:
     groups = make_groups(make_experiment(MINIMAL | {"methods": methods, "budgets": [4]}))
     assert [len(group.search) for group in groups] == [2, 0]
     assert groups[1].grid == [3e-3]
+
+
+def test_searches_can_be_shared_between_budgets_and_tasks() -> None:
+    tasks = [MINIMAL["tasks"][0], LONG | {"rates_from": "one"}]
+    config = make_experiment(MINIMAL | {"tasks": tasks, "selection": {"budget": 8}})
+    groups = [g for g in make_groups(config) if g.method.name == "lora"]
+    assert [(g.task.name, g.rank) for g in groups] == [
+        ("one", 4), ("one", 8), ("long", 4), ("long", 8),
+    ]  # fmt: skip
+    assert {cell.name for g in groups for cell in g.search} == {
+        "one--lora--r8--lr0.001--seed1000--search",
+        "one--lora--r8--lr0.01--seed1000--search",
+    }
+    assert len(search_cells(groups)) == 2
+    assert [cell.steps for cell in groups[-1].final(1e-3)] == [900] * 3

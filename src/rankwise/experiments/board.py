@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rankwise.experiments.cell_records import FAILED, RECORDS, CellRecord, FailureRecord
-from rankwise.experiments.cells import Cell, Group, make_groups
+from rankwise.experiments.cells import Cell, Group, make_groups, search_cells
 from rankwise.experiments.config import ExperimentConfig
 
 
@@ -74,7 +74,7 @@ class Board:
         grid, cells = group.grid, group.search
         if not cells:
             return Choice(grid[0] if grid else None, True, False, {})
-        sign = 1.0 if group.task.search_lower_is_better else -1.0
+        sign = 1.0 if group.search_task.search_lower_is_better else -1.0
         scores: dict[float, list[float]] = {rate: [] for rate in grid}
         for cell in cells:
             record = self.record(cell)
@@ -109,8 +109,16 @@ class Board:
         """Every cell that can be named by now, in the order in which they are run.
 
         Task by task: the searches seed by seed, which have a base model in common, and then the
-        compared runs seed by seed, so that what is there at any time is a fair comparison.
+        compared runs seed by seed, so that what is there at any time is a fair comparison. Searches
+        that groups have in common stand where the first of them needs them.
         """
+        seen: set[str] = set()
+        for cell in self._in_order():
+            if cell.file_name not in seen:
+                seen.add(cell.file_name)
+                yield cell
+
+    def _in_order(self) -> Iterator[Cell]:
         tasks = list(dict.fromkeys(group.task.name for group in self.groups))
         for task in tasks:
             groups = [group for group in self.groups if group.task.name == task]
@@ -122,10 +130,8 @@ class Board:
 
     def total(self) -> int:
         """How many cells there are, those whose learning rate is not known yet included."""
-        return sum(
-            len(group.search) + (0 if self.is_hopeless(group) else len(group.seeds))
-            for group in self.groups
-        )
+        compared = sum(len(g.seeds) for g in self.groups if not self.is_hopeless(g))
+        return len(search_cells(self.groups)) + compared
 
     def records(self) -> list[CellRecord]:
         """The finished cells."""

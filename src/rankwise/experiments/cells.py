@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -82,11 +83,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one method at one task and budget: the search for its rate, then the seeds."""
+    """The cells of one method at one task and budget: the search for its rate, then the seeds.
+
+    Groups whose rates are chosen together, at `search_task` and `search_rank`, have their search
+    cells in common.
+    """
 
     task: TaskSpec
     method: Entry
     rank: int | None
+    search_task: TaskSpec
+    search_rank: int | None
     seeds: tuple[int, ...]
     search_seeds: tuple[int, ...]
     search_steps: int | None
@@ -97,16 +104,17 @@ class Group:
         if not self.method.contestant.trains:
             return []
         fixed = self.method.learning_rate
-        return sorted(self.task.learning_rates) if fixed is None else [fixed]
+        return sorted(self.search_task.learning_rates) if fixed is None else [fixed]
 
     @cached_property
     def search(self) -> list[Cell]:
         """The cells that choose the learning rate; none where there is no choice."""
         if len(self.grid) < 2:
             return []
-        steps = self.search_steps or self.task.training.steps
+        task, rank = self.search_task, self.search_rank
+        steps = self.search_steps or task.training.steps
         return [
-            self._cell(seed, rate, "search", steps)
+            Cell(task, self.method, rank, seed, rate, "search", steps)
             for seed in self.search_seeds
             for rate in self.grid
         ]
@@ -114,10 +122,10 @@ class Group:
     def final(self, rate: float | None) -> list[Cell]:
         """The cells that are compared, at the chosen learning rate."""
         steps = self.task.training.steps if self.method.contestant.trains else 0
-        return [self._cell(seed, rate, "final", steps) for seed in self.seeds]
-
-    def _cell(self, seed: int, rate: float | None, phase: Phase, steps: int) -> Cell:
-        return Cell(self.task, self.method, self.rank, seed, rate, phase, steps)
+        return [
+            Cell(self.task, self.method, self.rank, seed, rate, "final", steps)
+            for seed in self.seeds
+        ]
 
 
 def make_groups(config: ExperimentConfig) -> list[Group]:
@@ -127,7 +135,8 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
     """
     groups: list[Group] = []
     methods = [method for method in config.make_methods() if method.reason is None]
-    for task in config.make_tasks():
+    tasks = {task.name: task for task in config.make_tasks()}
+    for task in tasks.values():
         for place, rank in enumerate(task.budgets):
             for method in methods:
                 budgeted = method.contestant.budgeted
@@ -138,9 +147,16 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
                         task,
                         method,
                         rank if budgeted else None,
+                        tasks[task.rates_from or task.name],
+                        (config.selection.budget or rank) if budgeted else None,
                         tuple(config.seeds),
                         tuple(config.selection.seeds),
                         config.selection.steps,
                     )
                 )
     return groups
+
+
+def search_cells(groups: Sequence[Group]) -> list[Cell]:
+    """The search cells of all groups, each once."""
+    return list({cell.file_name: cell for group in groups for cell in group.search}.values())

@@ -22,6 +22,7 @@ from pydantic import (
 from rankwise.errors import ConfigError, nearest
 from rankwise.experiments.methods import Entry, make_entry
 from rankwise.experiments.tasks import TASKS, Task
+from rankwise.experiments.tasks.base import LOWER_IS_BETTER
 from rankwise.files import describe, read_text
 from rankwise.training.config import parse_assignment, parse_yaml, refuse_unknown
 
@@ -78,6 +79,9 @@ class SelectionSettings(_Section):
 
     seeds: list[int] = Field(default=[1000], min_length=1, description="other than those compared")
     steps: int | None = Field(default=None, ge=1, description="default: those of the training")
+    budget: int | None = Field(
+        default=None, description="the one to choose at, for all of them; default: each its own"
+    )
 
 
 class ReferenceSettings(_Section):
@@ -134,6 +138,7 @@ class ExperimentConfig(_Section):
         if self.reference.rank not in (None, *budgets):
             known = ", ".join(map(str, sorted(budgets)))
             raise ConfigError(f"reference.rank={self.reference.rank} is no budget; known: {known}.")
+        self._searches_are_known()
         shared = sorted(set(self.seeds) & set(self.selection.seeds))
         if shared and self.searches:
             raise ConfigError(
@@ -141,6 +146,29 @@ class ExperimentConfig(_Section):
                 "other seeds than those that are compared."
             )
         return self
+
+    def _searches_are_known(self) -> None:
+        """Whether every task's learning rates are chosen somewhere."""
+        tasks = {task.name: task for task in self.make_tasks()}
+        for task in tasks.values():
+            if task.rates_from is None:
+                continue
+            source = tasks.get(task.rates_from)
+            if source is None or source.rates_from is not None:
+                choosing = [name for name, t in tasks.items() if t.rates_from is None]
+                hint = nearest(task.rates_from, choosing)
+                raise ConfigError(f"{task.name}.rates_from={task.rates_from!r}: {hint}")
+            missing = sorted(set(task.budgets) - set(source.budgets))
+            if missing and self.selection.budget is None:
+                raise ConfigError(
+                    f"{task.name}.rates_from={source.name!r}: it has no budget "
+                    f"{', '.join(map(str, missing))}; set selection.budget."
+                )
+        for task in tasks.values():
+            if task.rates_from is None and self.selection.budget not in (None, *task.budgets):
+                raise ConfigError(
+                    f"selection.budget={self.selection.budget} is no budget of {task.name}."
+                )
 
     @property
     def reference_label(self) -> str:
@@ -193,6 +221,8 @@ class ExperimentConfig(_Section):
         name = own.get("name", kind)
         if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"{where}.name={name!r} must be letters, digits, '-' and '_'.")
+        if "rates_from" in own and "learning_rates" in own:
+            raise ConfigError(f"{where}: rates_from leaves nothing for learning_rates to choose.")
         if self.model is not None:
             options.setdefault("model", self.model)
         try:
@@ -210,12 +240,13 @@ class ExperimentConfig(_Section):
                     own.get("learning_rates", self.learning_rates)
                 ),
                 budgets=TypeAdapter(list[int]).validate_python(own.get("budgets", self.budgets)),
+                rates_from=TypeAdapter(str | None).validate_python(own.get("rates_from")),
             )
         except ValidationError as error:
             raise ConfigError(f"{where}: {describe(error)}") from error
 
 
-_OWN_KEYS = ("name", "training", "profile", "targets", "learning_rates", "budgets")
+_OWN_KEYS = ("name", "training", "profile", "targets", "learning_rates", "budgets", "rates_from")
 
 
 @dataclass(frozen=True)
@@ -232,6 +263,7 @@ class TaskSpec:
         targets: Likewise.
         learning_rates: Likewise.
         budgets: Likewise.
+        rates_from: The task whose choice of learning rates holds here as well.
     """
 
     name: str
@@ -243,13 +275,14 @@ class TaskSpec:
     targets: str | list[str]
     learning_rates: list[float]
     budgets: list[int]
+    rates_from: str | None = None
 
     @property
     def search_lower_is_better(self) -> bool:
         """Direction of the metric that learning rates are chosen by."""
         if self.task.search_metric == self.task.metric:
             return self.task.lower_is_better
-        return self.task.search_metric in ("loss", "perplexity")
+        return self.task.search_metric in LOWER_IS_BETTER
 
 
 def load_experiment(

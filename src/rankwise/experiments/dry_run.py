@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from rankwise.errors import ConfigError
 from rankwise.experiments.architectures import known_config
-from rankwise.experiments.cells import make_groups
+from rankwise.experiments.cells import make_groups, search_cells
 from rankwise.experiments.config import ExperimentConfig, TaskSpec
 from rankwise.experiments.contestants import Contestant, Sized
 from rankwise.experiments.methods import Entry
@@ -113,8 +113,9 @@ def dry_run(
             for entry in config.make_methods():
                 plans.append(_plan(task, entry, rank, model, targets))
     groups = make_groups(config)
-    cells = sum(len(group.search) + len(group.seeds) for group in groups)
-    searched = sum(cell.steps for group in groups for cell in group.search)
+    searches = search_cells(groups)
+    cells = len(searches) + sum(len(group.seeds) for group in groups)
+    searched = sum(cell.steps for cell in searches)
     compared = sum(
         group.task.training.steps * len(group.seeds)
         for group in groups
