@@ -5,7 +5,7 @@ import torch
 
 from rankwise.errors import DataError
 from rankwise.experiments.tasks import ChoiceTask, CommonsenseTask
-from rankwise.experiments.tasks.choice import candidate_likelihoods
+from rankwise.experiments.tasks.choice import candidate_likelihoods, question_and_options
 from rankwise.experiments.tasks.commonsense import COMMONSENSE
 from rankwise.profiling.loss import IGNORED_LABEL
 from tiny_folder import save_tiny_llama, write_rows
@@ -44,7 +44,7 @@ class TestChoice:
 
     def test_accuracy_is_that_of_summed_log_likelihoods(self, task):
         data, model = task.load(), task.load_model()
-        right = 0
+        right, losses = 0, []
         for row in data.test:
             scores = []
             for candidate in row["candidates"]:
@@ -52,7 +52,10 @@ class TestChoice:
                 labelled = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
                 scores.append(-float(model(**batch).loss.detach()) * labelled)
             right += int(torch.tensor(scores).argmax()) == row["answer"]
-        assert task.evaluate(model, data, data.test)["accuracy"] == right / len(data.test)
+            losses.append(-float(torch.tensor(scores).log_softmax(0)[row["answer"]]))
+        found = task.evaluate(model, data, data.test)
+        assert found["accuracy"] == right / len(data.test)
+        assert found["choice_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
         assert not model.training
 
     def test_an_answer_outside_the_choices(self, folder, tmp_path):
@@ -107,6 +110,54 @@ class TestChoice:
             ChoiceTask(**options, max_length=8).load()
 
 
+class TestAnswersAsTexts:
+    def test_options_leave_the_prompt_and_become_the_candidates(self, folder, tmp_path):
+        rows = [
+            {
+                "instruction": f"pick {i}\n\nAnswer1: a bed Answer2: two\nlines Answer3: c: d\n\n"
+                "Answer format: answer1/answer2/answer3",
+                "output": "the correct answer is answer2",
+                "answer": "answer2",
+            }
+            for i in range(6)
+        ]
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        task = ChoiceTask(
+            model=str(folder), train=path, test=path, validation_rows=2, answers="texts"
+        )
+        data = task.load()
+        row = data.test[0]
+        texts = []
+        for candidate in row["candidates"]:
+            labels = [label for label in candidate["labels"] if label != IGNORED_LABEL]
+            assert labels.pop() == data.processor.eos_token_id
+            prompt = candidate["input_ids"][: candidate["labels"].count(IGNORED_LABEL)]
+            assert prompt == data.processor("pick 0\n")["input_ids"]
+            texts.append(labels)
+        expected = ["a bed", "two\nlines", "c: d"]
+        assert texts == [
+            data.processor(text, add_special_tokens=False)["input_ids"] for text in expected
+        ]
+        assert row["answer"] == 1
+        assert row["input_ids"] == row["candidates"][1]["input_ids"]
+
+    def test_names_serve_where_no_options_are_listed(self):
+        text = "is it so?\n\nAnswer format: true/false"
+        assert question_and_options(text, ["true", "false"]) == ("is it so?", ["true", "false"])
+
+    @pytest.mark.parametrize("part", COMMONSENSE)
+    def test_all_eight_can_be_read(self, part):
+        made = COMMONSENSE[part].instruct(HUB_ROWS[part])
+        text, _, format_ = made["instruction"].rpartition("Answer format: ")
+        names = format_.split("/")
+        question, options = question_and_options(made["instruction"], names)
+        assert text.startswith(question)
+        assert len(options) == len(names)
+        if part != "boolq":
+            assert all(option in text and option not in names for option in options)
+            assert not any(f"{name.capitalize()}:" in question for name in names)
+
+
 def _answer(text):
     return {"instruction": text, "output": "the correct answer is answer2", "answer": "answer2"}
 
@@ -136,15 +187,19 @@ class TestCommonsense:
         assert {row["part"] for row in data.train} == {"boolq", "openbookqa"}
         assert [row["part"] for row in data.test] == ["boolq"] * 4 + ["openbookqa"] * 4
 
-    def test_its_accuracy_is_the_mean_of_the_parts(self, task, monkeypatch):
+    def test_its_metrics_are_the_means_of_the_parts(self, task, monkeypatch):
         data = task.load()
         right = [True, False, False, False, True, True, True, False]
-        monkeypatch.setattr(CommonsenseTask, "_right", lambda *args: right)
+        scores = [{"accuracy": float(hit), "choice_loss": 2.0 - hit} for hit in right]
+        monkeypatch.setattr(CommonsenseTask, "_scores", lambda *args: scores)
         found = task.evaluate(None, data, data.test)
         assert found == {
             "accuracy": 0.5,
+            "choice_loss": 1.5,
             "accuracy_boolq": 0.25,
+            "choice_loss_boolq": 1.75,
             "accuracy_openbookqa": 0.75,
+            "choice_loss_openbookqa": 1.25,
         }
 
     def test_an_unknown_part(self):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,26 +28,32 @@ class ChoiceTask(CompletionTask):
 
     Rows are those of LLM-Adapters' commonsense sets: the instruction ends in `Answer format: a/b/c`
     and the completion is `the correct answer is b`. The log-likelihood of a candidate is summed
-    over its tokens.
+    over its tokens. `choice_loss` is the negative logarithm of the right one's share of the
+    candidates' likelihood, which tells models apart that pick the same answers; guessing among n
+    has log(n).
+
+    Attributes:
+        answers: `"names"`: the options stand in the prompt, and their names are the candidates.
+            `"texts"`: they are left out of the prompt and are the candidates themselves, which
+            small models need; where the prompt lists none, as in BoolQ, the names are.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "choice_loss")
 
     prompt_column: str = "instruction"
     completion_column: str = "output"
+    answers: Literal["names", "texts"] = "names"
 
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
-        """Share of rows whose right answer is the most likely one."""
-        return {"accuracy": float(np.mean(self._right(model, rows)))}
+        """Share of rows whose right answer is the most likely one, and the mean choice loss."""
+        return _mean_scores(self._scores(model, rows))
 
-    def _right(self, model: nn.Module, rows: Sequence[Row]) -> list[bool]:
+    def _scores(self, model: nn.Module, rows: Sequence[Row]) -> list[dict[str, float]]:
+        """The metrics of each row alone."""
         training = model.training
         model.eval()
         try:
-            return [
-                int(candidate_likelihoods(model, row["candidates"]).argmax()) == row["answer"]
-                for row in rows
-            ]
+            return [_scores_of(model, row) for row in rows]
         finally:
             model.train(training)
 
@@ -61,8 +67,11 @@ class ChoiceTask(CompletionTask):
                 f"a row's answer {answer!r} is not among its choices {choices}; the instruction "
                 "must end in 'Answer format: a/b/c'."
             )
-        completion = text_of(row, self.completion_column)
-        texts = [completion.replace(answer, choice) for choice in choices]
+        if self.answers == "texts":
+            prompt, texts = question_and_options(prompt, choices)
+        else:
+            completion = text_of(row, self.completion_column)
+            texts = [completion.replace(answer, choice) for choice in choices]
         candidates = self._candidates(prompt + "\n", texts, processor)
         right = choices.index(answer)
         return {**candidates[right], "candidates": candidates, "answer": right}
@@ -91,8 +100,8 @@ class ChoiceTask(CompletionTask):
 class CommonsenseTask(ChoiceTask):
     """Several of the commonsense eight, trained on together and tested one by one.
 
-    Its metric is the mean over the parts of their accuracies, as LLM-Adapters reports it; the
-    accuracy of each part is measured as well.
+    Its metrics are means over the parts, as LLM-Adapters reports its accuracy; those of each part
+    are measured as well.
 
     Attributes:
         train: `"hub"`, each part's own data set, or a folder of LLM-Adapters' files,
@@ -102,8 +111,6 @@ class CommonsenseTask(ChoiceTask):
         max_train: Rows of all parts together, drawn at random; the same ones every time.
         max_test: Rows of each part.
     """
-
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     train: str = "hub"
     test: str = "hub"
@@ -118,14 +125,15 @@ class CommonsenseTask(ChoiceTask):
             raise DataError("parts: name at least one data set.")
 
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
-        """Accuracy of each part, and their mean."""
-        right = self._right(model, rows)
-        found: dict[str, float] = {}
+        """Metrics of each part, and their means."""
+        scores = self._scores(model, rows)
+        parts: dict[str, dict[str, float]] = {}
         for part in self.parts:
-            hits = [hit for hit, row in zip(right, rows, strict=True) if row["part"] == part]
-            if hits:
-                found[f"accuracy_{part}"] = float(np.mean(hits))
-        return {"accuracy": float(np.mean(list(found.values())))} | found
+            own = [score for score, row in zip(scores, rows, strict=True) if row["part"] == part]
+            if own:
+                parts[part] = _mean_scores(own)
+        named = {f"{k}_{part}": v for part, found in parts.items() for k, v in found.items()}
+        return _mean_scores(list(parts.values())) | named
 
     def _rows(self) -> tuple[list[Row], list[Row]]:
         train = [row for part in self.parts for row in self._part(part, self.train, "train")]
@@ -152,6 +160,37 @@ class CommonsenseTask(ChoiceTask):
 
     def _encode(self, row: Mapping[str, Any], processor: Any) -> Row:
         return super()._encode(row, processor) | {"part": row["part"]}
+
+
+def question_and_options(instruction: str, names: Sequence[str]) -> tuple[str, list[str]]:
+    r"""The question alone, and the texts of its options; their names if it lists none.
+
+    Example:
+        >>> question_and_options(
+        ...     "Which is red?\n\nAnswer1: snow Answer2: blood\n\nAnswer format: answer1/answer2",
+        ...     ["answer1", "answer2"],
+        ... )
+        ('Which is red?', ['snow', 'blood'])
+    """
+    text = instruction[: instruction.rindex("Answer format:")].strip()
+    listed = r"\s+(.*?)\s+".join(re.escape(f"{name.capitalize()}:") for name in names)
+    found = re.fullmatch(rf"(.*?)\s*{listed}\s+(.*)", text, re.DOTALL)
+    if found is None:
+        return text, list(names)
+    question, *options = found.groups()
+    return question, options
+
+
+def _scores_of(model: nn.Module, row: Row) -> dict[str, float]:
+    likelihoods = candidate_likelihoods(model, row["candidates"])
+    return {
+        "accuracy": float(int(likelihoods.argmax()) == row["answer"]),
+        "choice_loss": -float(likelihoods.log_softmax(0)[row["answer"]]),
+    }
+
+
+def _mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
 
 def candidate_likelihoods(model: nn.Module, candidates: Sequence[Row]) -> Tensor:
