@@ -78,6 +78,11 @@ def test_a_task_may_have_settings_of_its_own() -> None:
         ({"tasks": [{"kind": "completion", "test": "x"}]}, "needs 'train'"),
         ({"tasks": [MINIMAL["tasks"][0]] * 2}, "one stands there twice"),
         ({"tasks": [MINIMAL["tasks"][0] | {"name": "a/b"}]}, "must be letters"),
+        (
+            {"tasks": [MINIMAL["tasks"][0] | {"selection": {"seeds": [2, 9]}}]},
+            r"\[2\] are among seeds",
+        ),
+        ({"tasks": [LONG | {"selection": {"step": 2}}]}, "did you mean 'steps'"),
         ({"selection": {"budget": 2}}, "selection.budget=2 is no budget of one"),
         ({"tasks": [MINIMAL["tasks"][0], LONG | {"rates_from": "on"}]}, "did you mean 'one'"),
         ({"tasks": [LONG | {"rates_from": "long"}]}, "long.rates_from='long'"),
@@ -129,6 +134,13 @@ def test_a_fixed_learning_rate_is_not_searched() -> None:
     groups = make_groups(make_experiment(MINIMAL | {"methods": methods, "budgets": [4]}))
     assert [len(group.search) for group in groups] == [2, 0]
     assert groups[1].grid == [3e-3]
+
+
+def test_a_task_may_choose_its_rates_in_its_own_way() -> None:
+    tasks = [MINIMAL["tasks"][0], LONG | {"selection": {"steps": 70, "seeds": [7]}}]
+    config = make_experiment(MINIMAL | {"tasks": tasks, "selection": {"steps": 5}})
+    found = {(g.task.name, c.steps, c.seed) for g in make_groups(config) for c in g.search}
+    assert found == {("one", 5, 1000), ("long", 70, 7)}
 
 
 def test_searches_can_be_shared_between_budgets_and_tasks() -> None:

@@ -137,6 +137,8 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
     methods = [method for method in config.make_methods() if method.reason is None]
     tasks = {task.name: task for task in config.make_tasks()}
     for task in tasks.values():
+        source = tasks[task.rates_from or task.name]
+        chosen = source.selection
         for place, rank in enumerate(task.budgets):
             for method in methods:
                 budgeted = method.contestant.budgeted
@@ -147,11 +149,11 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
                         task,
                         method,
                         rank if budgeted else None,
-                        tasks[task.rates_from or task.name],
-                        (config.selection.budget or rank) if budgeted else None,
+                        source,
+                        (chosen.budget or rank) if budgeted else None,
                         tuple(config.seeds),
-                        tuple(config.selection.seeds),
-                        config.selection.steps,
+                        tuple(chosen.seeds),
+                        chosen.steps,
                     )
                 )
     return groups

@@ -139,7 +139,8 @@ class ExperimentConfig(_Section):
             known = ", ".join(map(str, sorted(budgets)))
             raise ConfigError(f"reference.rank={self.reference.rank} is no budget; known: {known}.")
         self._searches_are_known()
-        shared = sorted(set(self.seeds) & set(self.selection.seeds))
+        searched = {seed for task in self.make_tasks() for seed in task.selection.seeds}
+        shared = sorted(searched.intersection(self.seeds))
         if shared and self.searches:
             raise ConfigError(
                 f"selection.seeds: {shared} are among seeds; learning rates must be chosen on "
@@ -159,16 +160,15 @@ class ExperimentConfig(_Section):
                 hint = nearest(task.rates_from, choosing)
                 raise ConfigError(f"{task.name}.rates_from={task.rates_from!r}: {hint}")
             missing = sorted(set(task.budgets) - set(source.budgets))
-            if missing and self.selection.budget is None:
+            if missing and source.selection.budget is None:
                 raise ConfigError(
                     f"{task.name}.rates_from={source.name!r}: it has no budget "
                     f"{', '.join(map(str, missing))}; set selection.budget."
                 )
         for task in tasks.values():
-            if task.rates_from is None and self.selection.budget not in (None, *task.budgets):
-                raise ConfigError(
-                    f"selection.budget={self.selection.budget} is no budget of {task.name}."
-                )
+            budget = task.selection.budget
+            if task.rates_from is None and budget not in (None, *task.budgets):
+                raise ConfigError(f"selection.budget={budget} is no budget of {task.name}.")
 
     @property
     def reference_label(self) -> str:
@@ -233,6 +233,7 @@ class ExperimentConfig(_Section):
                 options=options,
                 training=_replaced(self.training, own.get("training"), f"{where}.training"),
                 profile=_replaced(self.profile, own.get("profile"), f"{where}.profile"),
+                selection=_replaced(self.selection, own.get("selection"), f"{where}.selection"),
                 targets=TypeAdapter(str | list[str]).validate_python(
                     own.get("targets", self.targets)
                 ),
@@ -246,7 +247,10 @@ class ExperimentConfig(_Section):
             raise ConfigError(f"{where}: {describe(error)}") from error
 
 
-_OWN_KEYS = ("name", "training", "profile", "targets", "learning_rates", "budgets", "rates_from")
+_OWN_KEYS = (
+    *("name", "training", "profile", "selection"),
+    *("targets", "learning_rates", "budgets", "rates_from"),
+)
 
 
 @dataclass(frozen=True)
@@ -260,6 +264,7 @@ class TaskSpec:
         options: What it was made of.
         training: The experiment's settings with the task's own in place of some.
         profile: Likewise.
+        selection: Likewise.
         targets: Likewise.
         learning_rates: Likewise.
         budgets: Likewise.
@@ -272,6 +277,7 @@ class TaskSpec:
     options: dict[str, Any]
     training: TrainingSettings
     profile: ProfileSettings
+    selection: SelectionSettings
     targets: str | list[str]
     learning_rates: list[float]
     budgets: list[int]
