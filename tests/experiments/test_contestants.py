@@ -8,10 +8,10 @@ import torch
 
 from rankwise import profile_gradients
 from rankwise.errors import ConfigError
-from rankwise.experiments.config import TrainingSettings
 from rankwise.experiments.contestants import Planned
 from rankwise.experiments.loop import Loop
 from rankwise.experiments.methods import known_methods, make_entry
+from rankwise.experiments.settings import TrainingSettings
 from rankwise.experiments.sizing import Adapted, Job
 from rankwise.targets import find_targets
 from tiny_models import tiny_bert_classifier, tiny_llama

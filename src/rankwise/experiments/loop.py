@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from rankwise.errors import DivergenceError
 from rankwise.experiments.cell_records import EvaluationRecord
-from rankwise.experiments.config import TrainingSettings
+from rankwise.experiments.settings import TrainingSettings
 from rankwise.experiments.sizing import Adapted
 from rankwise.profiling.loss import count_labels
 
