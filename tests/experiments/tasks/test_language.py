@@ -77,6 +77,8 @@ class TestParts:
             assert all(row in known for row in short)
         assert len(dropped.test) == sum(len(r["input_ids"]) <= length for r in everything.test)
         assert len(dropped.train) + 2 == len(dropped.test) < 20
+        with pytest.raises(DataError, match="more than 1 tokens; raise max_length"):
+            CompletionTask(**settings, max_length=1, drop_longer=True).load()
 
     def test_a_missing_column_is_named(self, folder, tmp_path):
         path = str(write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 9))

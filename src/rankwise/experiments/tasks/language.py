@@ -79,10 +79,13 @@ class CompletionTask(Task):
         if not self.drop_longer:
             return train, test
         whole = replace(self, max_length=sys.maxsize)
-        return (
-            [row for row in train if self._fits(whole._encode(row, processor))],
-            [row for row in test if self._fits(whole._encode_test(row, processor))],
-        )
+        short = [row for row in test if self._fits(whole._encode_test(row, processor))]
+        if not short:
+            raise DataError(
+                f"drop_longer: every row of {self.test} has more than {self.max_length} tokens; "
+                "raise max_length."
+            )
+        return [row for row in train if self._fits(whole._encode(row, processor))], short
 
     def _fits(self, row: Row) -> bool:
         return len(row["input_ids"]) <= self.max_length
