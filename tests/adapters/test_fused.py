@@ -107,6 +107,18 @@ class TestFunction:
         way(x, weight, bias, a, b).sum().backward()
         assert x.grad is None and a.grad is None and b.grad is not None
 
+    def test_it_compiles_with_its_backward_pass(self, way: Callable[..., Tensor], n: int) -> None:
+        def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            given = operands(n)
+            given[0].requires_grad_()
+            loss = function(*given).square().sum()
+            return torch.autograd.grad(loss, [t for t in given if t.requires_grad])
+
+        torch._dynamo.reset()
+        compiled = torch.compile(way, fullgraph=True, backend="aot_eager")
+        for ours, expected in zip(gradients(compiled), gradients(way), strict=True):
+            torch.testing.assert_close(ours, expected)
+
     def test_functional_transforms(self, way: Callable[..., Tensor], n: int) -> None:
         x, weight, bias, a, b = operands(n)
         gradient = torch.func.grad(lambda a: way(x, weight, bias, a, b).square().sum())(a)

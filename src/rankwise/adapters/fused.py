@@ -175,12 +175,15 @@ def _reduced(x: Tensor, factor: Tensor, scaling: float) -> Tensor:
 
 
 def _add_expanded_(out: Tensor, z: Tensor, factor: Tensor, *, beta: int = 1) -> None:
-    """Columns of block i become `beta` times what they were plus `z_i factor_i`."""
+    """Columns of block i become `beta` (0 or 1) times what they were plus `z_i factor_i`."""
     blocks = out.view(-1, factor.shape[0], factor.shape[2]).transpose(0, 1)
-    if blocks.dtype == z.dtype:
+    # The compiler takes baddbmm_'s result for contiguous, and cannot see it as columns of out then.
+    if blocks.dtype == z.dtype and not torch.compiler.is_compiling():
         blocks.baddbmm_(z, factor, beta=beta)
-    else:
+    elif beta:
         blocks.add_(torch.bmm(z, factor))
+    else:
+        blocks.copy_(torch.bmm(z, factor))
 
 
 def _factor_gradients(
