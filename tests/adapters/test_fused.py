@@ -107,6 +107,16 @@ class TestFunction:
         way(x, weight, bias, a, b).sum().backward()
         assert x.grad is None and a.grad is None and b.grad is not None
 
+    def test_what_is_kept_for_the_backward_pass(self, way: Callable[..., Tensor], n: int) -> None:
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor
+        ):
+            way(*operands(n))
+        z = torch.Size((n, 2 * 7, 3))
+        assert (z in saved) is (n == 1)
+        assert max(shape.numel() for shape in saved) <= max(t.numel() for t in operands(n))
+
     def test_it_compiles_with_its_backward_pass(self, way: Callable[..., Tensor], n: int) -> None:
         def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
             given = operands(n)

@@ -13,9 +13,10 @@ and form the gradient of B in the slow orientation:
 
 With r much smaller than the layer, `z' g` takes less than half the time of `g' z`; for the other
 products token-major z and u are as fast as rank-major ones or faster (MKL, AVX-512, r = 8 and 16).
-The backward pass computes z again: n r numbers a token and layer cost more to keep than to compute
-(SmolLM2 with its own RaLoRA plan: 5 % of a step's memory). No tensor is as large as the weight,
-whatever n.
+One block keeps z for the backward pass, as autograd would: r numbers a token and layer are under
+1 % of a step's memory. Several blocks compute it again: n r numbers cost more to keep than to
+compute (SmolLM2 with its own RaLoRA plan: 5 % of a step's memory). No tensor is as large as the
+weight, whatever n.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def add_update(
         scaling: The factor s.
     """
     x, a, b = _autocast(x, a, b)
-    return _AddUpdate.apply(result, x, a, b, scaling)
+    return _AddUpdate.apply(result, x, a, b, scaling)[0]
 
 
 def linear_with_update(
@@ -73,7 +74,7 @@ def linear_with_update(
         b: Output factors.
         scaling: The factor s.
     """
-    return _LinearWithUpdate.apply(x, weight, bias, a, b, scaling)
+    return _LinearWithUpdate.apply(x, weight, bias, a, b, scaling)[0]
 
 
 def frozen_linear(
@@ -113,28 +114,33 @@ def _is_hooked(module: nn.Module) -> bool:
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(
+        result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.promote_types(result.dtype, a.dtype)
         out = result.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        _add_expanded_(out, _reduced(x, a, scaling), b.transpose(1, 2))
-        return out
+        z = _reduced(x, a, scaling)
+        _add_expanded_(out, z, b.transpose(1, 2))
+        return out, _worth_keeping(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
+    ) -> None:
         result, x, a, b, ctx.scaling = inputs
         ctx.result_dtype = result.dtype
-        ctx.save_for_backward(x, a, b)
+        _save(ctx, x, a, b, z=output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, a, b, z = ctx.saved_tensors
         narrow = gradient.to(a.dtype)
         u = _reduced(narrow, b.transpose(1, 2), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             _add_expanded_(grad_x, u, a, beta=0)
-        grad_a, grad_b = _factor_gradients(ctx, narrow, (x, a, u), ctx.needs_input_grad[2:4])
+        grad_a, grad_b = _factor_gradients(ctx, narrow, (x, a, u, z), ctx.needs_input_grad[2:4])
         return gradient.to(ctx.result_dtype), grad_x, grad_a, grad_b, None
 
 
@@ -142,25 +148,28 @@ class _LinearWithUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         out = F.linear(x, weight, bias)
-        _add_expanded_(out, _reduced(x, a, scaling), b.transpose(1, 2))
-        return out
+        z = _reduced(x, a, scaling)
+        _add_expanded_(out, z, b.transpose(1, 2))
+        return out, _worth_keeping(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
+    ) -> None:
         x, weight, _, a, b, ctx.scaling = inputs
-        ctx.save_for_backward(x, weight, a, b)
+        _save(ctx, x, weight, a, b, z=output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
         u = _reduced(gradient, b.transpose(1, 2), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gradient @ weight
             _add_expanded_(grad_x, u, a)
-        grad_a, grad_b = _factor_gradients(ctx, gradient, (x, a, u), ctx.needs_input_grad[3:5])
+        grad_a, grad_b = _factor_gradients(ctx, gradient, (x, a, u, z), ctx.needs_input_grad[3:5])
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -186,16 +195,30 @@ def _add_expanded_(out: Tensor, z: Tensor, factor: Tensor, *, beta: int = 1) -> 
         blocks.copy_(torch.bmm(z, factor))
 
 
+def _worth_keeping(z: Tensor) -> Tensor | None:
+    return z if z.shape[0] == 1 else None
+
+
+def _save(ctx: Any, *tensors: Tensor, z: Tensor | None) -> None:
+    if z is not None:
+        ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(*tensors, z)
+
+
 def _factor_gradients(
-    ctx: Any, gradient: Tensor, saved: tuple[Tensor, ...], needed: tuple[bool, bool]
+    ctx: Any,
+    gradient: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """`dA = u' x` and `dB = (z' g)'` for each block."""
-    x, a, u = saved
+    x, a, u, z = operands
     n = a.shape[0]
     grad_a = torch.bmm(u.transpose(1, 2), _in_blocks(x, n)) if needed[0] else None
     if not needed[1]:
         return grad_a, None
-    z = _reduced(x, a, ctx.scaling)
+    if z is None or torch.is_grad_enabled():  # second derivatives need z as a function of x and a
+        z = _reduced(x, a, ctx.scaling)
     return grad_a, torch.bmm(z.transpose(1, 2), _in_blocks(gradient, n)).transpose(1, 2)
 
 
