@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -28,6 +31,9 @@ from rankwise.training.evaluate import held_out_loss
 class CompletionTask(Task):
     """Causal language modelling of a completion after its prompt; the metric is held-out loss.
 
+    `median_loss` is the median over the rows of each row's own loss, beside the mean over all
+    tokens: one row that a run has broken moves the mean by more than methods differ.
+
     Attributes:
         prompt_column: Read, not learned; empty for plain text, whose blank rows are left out.
         completion_column: Learned.
@@ -37,7 +43,7 @@ class CompletionTask(Task):
             them at the front.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "median_loss")
     task_type = "CAUSAL_LM"
 
     prompt_column: str = "question"
@@ -59,9 +65,14 @@ class CompletionTask(Task):
         return model
 
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
-        """Mean negative log-likelihood per labelled token, and its exponential."""
-        found = held_out_loss(model, data.batches(rows, 16), step=0)
-        return {"loss": found.loss, "perplexity": found.perplexity}
+        """Mean negative log-likelihood per labelled token, its exponential, the median row."""
+        with _row_losses(model) as losses:
+            found = held_out_loss(model, data.batches(rows, 16), step=0)
+        return {
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "median_loss": median(losses),
+        }
 
     def _rows(self) -> tuple[list[Row], list[Row]]:
         parts = super()._rows()
@@ -119,7 +130,7 @@ class MathTask(CompletionTask):
         max_new_tokens: Of an answer.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "exact_match", "perplexity")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "exact_match", "perplexity", "median_loss")
 
     generate: int | None = None
     max_new_tokens: int = 256
@@ -152,6 +163,25 @@ class MathTask(CompletionTask):
         if encoded["number"] is None:
             raise DataError(f"a test row's answer holds no number: {dict(row)!r}.")
         return encoded
+
+
+@contextmanager
+def _row_losses(model: nn.Module) -> Iterator[list[float]]:
+    """Each labelled row's mean loss, of every batch that the model is called with meanwhile."""
+    losses: list[float] = []
+
+    def note(_: nn.Module, __: tuple[Any, ...], batch: dict[str, Any], output: Any) -> None:
+        for logits, labels in zip(output.logits, batch["labels"], strict=True):
+            targets = labels[1:]
+            if (targets != IGNORED_LABEL).any():
+                loss = F.cross_entropy(logits[:-1].float(), targets, ignore_index=IGNORED_LABEL)
+                losses.append(float(loss))
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield losses
+    finally:
+        handle.remove()
 
 
 def encode_completion(
