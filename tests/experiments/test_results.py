@@ -97,10 +97,9 @@ def _board(folder: Path, value: Value = _loss, **changes: Any) -> Board:
     """A board whose records are written until no further cell comes up."""
     board = Board(make_experiment(_document(folder, **changes)))
     board.folder.mkdir(parents=True)
-    for _ in range(2):
-        for cell in board.cells():
-            if not board.path(cell).is_file():
-                board.path(cell).write_text(json.dumps(asdict(_record(cell, value(cell)))))
+    while missing := [cell for cell in board.cells() if not board.path(cell).is_file()]:
+        for cell in missing:
+            board.path(cell).write_text(json.dumps(asdict(_record(cell, value(cell)))))
     return board
 
 
@@ -184,6 +183,35 @@ def test_a_best_rate_at_the_edge_is_marked(tmp_path: Path) -> None:
     row = _row(make_results(board), "lora")
     assert row.at_edge
     assert "0.01!" in terminal_table(make_results(board))
+
+
+@pytest.mark.parametrize(
+    ("best", "extend", "searched", "chosen", "at_edge"),
+    [
+        (1e-2, 5, [1e-3, 1e-2, 1e-1], 1e-2, False),
+        (1e-4, 0, [1e-3, 1e-2, 1e-1], 1e-3, True),
+        (1e-4, 1, [1e-4, 1e-3, 1e-2, 1e-1], 1e-4, True),
+        (1e-4, 5, [1e-5, 1e-4, 1e-3, 1e-2, 1e-1], 1e-4, False),
+        (1e1, 5, [1e-3, 1e-2, 1e-1, 1.0, 1e1], 1.0, False),  # at 10 it diverges
+    ],
+)
+def test_a_search_goes_on_beyond_its_grid(
+    tmp_path: Path, best: float, extend: int, searched: list[float], chosen: float, at_edge: bool
+) -> None:
+    def value(cell: Cell) -> float | None:
+        assert cell.learning_rate is not None
+        if cell.phase == "final":
+            return 1.0
+        return None if cell.learning_rate > 5 else abs(math.log(cell.learning_rate / best))
+
+    selection = {"extend": extend, "seeds": [100, 101]}
+    board = _board(tmp_path, value, methods=["lora"], selection=selection)
+    row = _row(make_results(board), "lora")
+    assert list(map(float, row.rates)) == searched
+    assert (row.learning_rate, row.at_edge) == (chosen, at_edge)
+    cells = list(board.cells())
+    assert {cell.learning_rate for cell in cells if cell.phase == "final"} == {chosen}
+    assert board.total() == len(cells) == 2 * 3 * (2 * len(searched) + len(SEEDS))
 
 
 def test_seeds_that_diverge_are_named_and_left_out_of_the_mean(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rankwise.experiments.cell_records import FAILED, RECORDS, CellRecord, FailureRecord
-from rankwise.experiments.cells import Cell, Group, make_groups, search_cells
+from rankwise.experiments.cells import Cell, Group, make_groups
 from rankwise.experiments.config import ExperimentConfig
 
 
@@ -66,29 +66,58 @@ class Board:
         path = self.failure_path(cell)
         return FailureRecord.load(path) if path.is_file() else None
 
+    def rates(self, group: Group) -> list[float]:
+        """The learning rates of the search, ascending: the grid, and what was needed beyond it.
+
+        While the best is at an edge, the next one on that side follows, in the ratio of the two
+        outermost; `selection.extend` of them at most.
+        """
+        rates = group.grid
+        if len(rates) < 2:
+            return rates
+        for _ in range(group.search_extend):
+            scores, complete = self._scores(group, rates)
+            best = _best(group, scores) if complete else None
+            if best == rates[0]:
+                rates = [_beyond(rates[1], best), *rates]
+            elif best == rates[-1]:
+                rates = [*rates, _beyond(rates[-2], best)]
+            else:
+                break
+        return rates
+
+    def search(self, group: Group) -> list[Cell]:
+        """The cells that choose the group's learning rate, as far as they are known."""
+        return group.search_at(self.rates(group))
+
     def choice(self, group: Group) -> Choice:
         """The group's learning rate, on the mean validation metric of the search.
 
         A rate at which any run diverged or failed is not chosen. Of equals, the smaller one.
         """
-        grid, cells = group.grid, group.search
-        if not cells:
-            return Choice(grid[0] if grid else None, True, False, {})
-        sign = 1.0 if group.search_task.search_lower_is_better else -1.0
-        scores: dict[float, list[float]] = {rate: [] for rate in grid}
-        for cell in cells:
-            record = self.record(cell)
-            if record is None and self.failure(cell) is None:
-                return Choice(None, False, False, _means(scores))
-            value = None if record is None else record.value
+        rates = self.rates(group)
+        if len(rates) < 2:
+            return Choice(rates[0] if rates else None, True, False, {})
+        scores, complete = self._scores(group, rates)
+        best = _best(group, scores) if complete else None
+        return Choice(best, complete, best in (rates[0], rates[-1]), scores)
+
+    def _scores(self, group: Group, rates: list[float]) -> tuple[dict[float, float], bool]:
+        """`Choice.scores` of these rates, as far as they are known, and whether all are."""
+        found: dict[float, list[float]] = {rate: [] for rate in rates}
+        complete = True
+        for cell in group.search_at(rates):
             assert cell.learning_rate is not None
-            scores[cell.learning_rate].append(math.nan if value is None else value)
-        means = _means(scores)
-        usable = [rate for rate in grid if math.isfinite(means[rate])]
-        if not usable:
-            return Choice(None, True, False, means)
-        best = min(usable, key=lambda rate: (sign * means[rate], rate))
-        return Choice(best, True, best in (grid[0], grid[-1]), means)
+            record = self.record(cell)
+            if record is not None:
+                value = record.value
+                found[cell.learning_rate].append(math.nan if value is None else value)
+            elif self.failure(cell) is not None:
+                found[cell.learning_rate].append(math.nan)
+            else:
+                complete = False
+        means = {rate: fmean(values) if values else math.nan for rate, values in found.items()}
+        return means, complete
 
     def is_hopeless(self, group: Group) -> bool:
         """Whether the search is over and no learning rate of the grid works."""
@@ -122,7 +151,7 @@ class Board:
         tasks = list(dict.fromkeys(group.task.name for group in self.groups))
         for task in tasks:
             groups = [group for group in self.groups if group.task.name == task]
-            searches = [cell for group in groups for cell in group.search]
+            searches = [cell for group in groups for cell in self.search(group)]
             yield from sorted(searches, key=lambda cell: cell.seed)
             finals = [self.finals(group) for group in groups]
             for place in range(len(self.config.seeds)):
@@ -131,7 +160,8 @@ class Board:
     def total(self) -> int:
         """How many cells there are, those whose learning rate is not known yet included."""
         compared = sum(len(g.seeds) for g in self.groups if not self.is_hopeless(g))
-        return len(search_cells(self.groups)) + compared
+        searches = {cell.file_name for group in self.groups for cell in self.search(group)}
+        return len(searches) + compared
 
     def records(self) -> list[CellRecord]:
         """The finished cells."""
@@ -145,5 +175,13 @@ class Board:
         return None
 
 
-def _means(scores: dict[float, list[float]]) -> dict[float, float]:
-    return {rate: fmean(values) if values else math.nan for rate, values in scores.items()}
+def _best(group: Group, scores: dict[float, float]) -> float | None:
+    """The rate with the best finite score; of equals, the smaller one."""
+    sign = 1.0 if group.search_task.search_lower_is_better else -1.0
+    usable = [rate for rate, score in scores.items() if math.isfinite(score)]
+    return min(usable, key=lambda rate: (sign * scores[rate], rate), default=None)
+
+
+def _beyond(inner: float, edge: float) -> float:
+    """The next of a geometric sequence, to three digits."""
+    return float(f"{edge * edge / inner:.3g}")

@@ -97,6 +97,7 @@ class Group:
     seeds: tuple[int, ...]
     search_seeds: tuple[int, ...]
     search_steps: int | None
+    search_extend: int
 
     @property
     def grid(self) -> list[float]:
@@ -108,15 +109,19 @@ class Group:
 
     @cached_property
     def search(self) -> list[Cell]:
-        """The cells that choose the learning rate; none where there is no choice."""
-        if len(self.grid) < 2:
+        """The cells that choose from the grid; none where there is no choice."""
+        return self.search_at(self.grid)
+
+    def search_at(self, rates: Sequence[float]) -> list[Cell]:
+        """The cells that choose from these learning rates; none where there is no choice."""
+        if len(rates) < 2:
             return []
         task, rank = self.search_task, self.search_rank
         steps = self.search_steps or task.training.steps
         return [
             Cell(task, self.method, rank, seed, rate, "search", steps)
             for seed in self.search_seeds
-            for rate in self.grid
+            for rate in rates
         ]
 
     def final(self, rate: float | None) -> list[Cell]:
@@ -154,11 +159,12 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
                         tuple(config.seeds),
                         tuple(chosen.seeds),
                         chosen.steps,
+                        chosen.extend,
                     )
                 )
     return groups
 
 
 def search_cells(groups: Sequence[Group]) -> list[Cell]:
-    """The search cells of all groups, each once."""
+    """The search cells of all groups on their grids, each once."""
     return list({cell.file_name: cell for group in groups for cell in group.search}.values())

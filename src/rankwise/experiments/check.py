@@ -81,7 +81,7 @@ def check_cell(board: Board, name: str) -> Check:
         raise ConfigError(f"--check {name!r}: it has no record yet; run the experiment first.")
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
         found = run_cell(cell, Bench(Path(scratch), choose_device(board.config.device)))
-    group = next(g for g in board.groups if cell in (*g.search, *board.finals(g)))
+    group = next(g for g in board.groups if cell in (*board.search(g), *board.finals(g)))
     values = [
         record.value
         for other in board.finals(group)

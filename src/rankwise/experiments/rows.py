@@ -112,7 +112,7 @@ def _filled(row: Row, board: Board, group: Group) -> Row:
     finals = board.finals(group)
     failed = {
         f"seed {cell.seed}" if cell.phase == "final" else f"search {cell.learning_rate:g}": f.error
-        for cell in (*group.search, *finals)
+        for cell in (*board.search(group), *finals)
         if (f := board.failure(cell)) is not None
     }
     records = [record for cell in finals if (record := board.record(cell)) is not None]

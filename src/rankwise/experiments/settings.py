@@ -58,6 +58,11 @@ class SelectionSettings(Section):
     budget: int | None = Field(
         default=None, description="the one to choose at, for all of them; default: each its own"
     )
+    extend: int = Field(
+        default=0,
+        ge=0,
+        description="how many more rates, while the best is at an edge",
+    )
 
 
 class ReferenceSettings(Section):
