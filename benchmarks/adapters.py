@@ -82,7 +82,33 @@ def measure_steps(
     rows.append(
         Row(f"SmolLM2 step with PEFT's LoRA, {tokens}, extra", memory["peft"] / 2**20, "MiB")
     )
-    return [*rows, _merged(base, models["pro"], batch, runs)]
+    return [*rows, *_usual_steps(base, batch, runs), _merged(base, models["pro"], batch, runs)]
+
+
+def _usual_steps(base: nn.Module, batch: Batch, runs: int) -> list[Row]:
+    """Fused LoRA where PEFT keeps copies of inputs: with dropout, and on a bf16 model."""
+    few = {key: value[:2] for key, value in batch.items()}
+    tokens, unit = few["input_ids"].numel(), "of PEFT's LoRA step"
+    rows = []
+    for title, dtype, dropout in (
+        ("dropout 0.05", torch.float32, 0.05),
+        ("bf16 model", torch.bfloat16, 0.0),
+        ("bf16 model, dropout 0.05", torch.bfloat16, 0.05),
+    ):
+        config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules="all-linear")
+        models = {
+            name: get_peft_model(copy.deepcopy(base).to(dtype), config)
+            for name in ("peft", "fused")
+        }
+        rw.fuse_lora_(models["fused"])
+        steps = {name: _model_step(model, few) for name, model in models.items()}
+        memory = {name: peak_extra_bytes(step) for name, step in steps.items()}
+        name = f"SmolLM2 fused LoRA step, {tokens} tokens, {title}"
+        rows.append(at_most(f"{name}, peak memory", memory["fused"] / memory["peft"], 0.92, unit))
+        if dtype == torch.float32:  # this says nothing of bf16 where the processor has none
+            seconds = interleaved(runs, **steps)
+            rows.append(at_most(f"{name}, time", seconds["fused"] / seconds["peft"], 0.92, unit))
+    return rows
 
 
 def _merged(base: nn.Module, model: nn.Module, batch: Batch, runs: int) -> Row:

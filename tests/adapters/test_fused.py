@@ -47,12 +47,26 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> 
     return F.linear(x, weight + S * torch.block_diag(*(b @ a).unbind()), bias)
 
 
-def separate(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return add_update(F.linear(x, weight, bias), x, a, b, S)
+def separate(
+    x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, *dropout: nn.Module
+) -> Tensor:
+    return add_update(F.linear(x, weight, bias), x, a, b, S, *dropout)
 
 
-def joint(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return linear_with_update(x, weight, bias, a, b, S)
+def joint(
+    x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, *dropout: nn.Module
+) -> Tensor:
+    return linear_with_update(x, weight, bias, a, b, S, *dropout)
+
+
+def saved_for_backward(function: Callable[[], Tensor]) -> list[Tensor]:
+    """What autograd keeps of a forward pass."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        function()
+    return saved
 
 
 both_ways = pytest.mark.parametrize("way", [separate, joint])
@@ -108,20 +122,69 @@ class TestFunction:
         assert x.grad is None and a.grad is None and b.grad is not None
 
     def test_what_is_kept_for_the_backward_pass(self, way: Callable[..., Tensor], n: int) -> None:
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor
-        ):
-            way(*operands(n))
+        given = operands(n)
+        saved = saved_for_backward(lambda: way(*given))
         z = torch.Size((n, 2 * 7, 3))
-        assert (z in saved) is (n == 1)
-        assert max(shape.numel() for shape in saved) <= max(t.numel() for t in operands(n))
+        assert (z in [tensor.shape for tensor in saved]) is (n == 1)
+        assert max(t.numel() for t in saved) <= max(t.numel() for t in given)
 
-    def test_it_compiles_with_its_backward_pass(self, way: Callable[..., Tensor], n: int) -> None:
+    def test_dropout_is_that_of_torch(self, way: Callable[..., Tensor], n: int) -> None:
+        dropout, given, expected = nn.Dropout(0.3), operands(n), operands(n)
+        for x, *_ in (given, expected):
+            x.requires_grad_()
+        torch.manual_seed(6)
+        ours = way(*given, dropout)
+        torch.manual_seed(6)
+        x, weight, bias, a, b = expected
+        delta = S * torch.block_diag(*(b @ a).unbind())
+        theirs = F.linear(x, weight, bias) + F.linear(dropout(x), delta)
+        torch.testing.assert_close(ours, theirs)
+        for output in (ours, theirs):
+            output.square().sum().backward()
+        for mine, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+
+    def test_dropout_twice_differentiated(self, way: Callable[..., Tensor], n: int) -> None:
+        x, weight, bias, a, b = operands(n, tokens=2)
+        x.requires_grad_()
+
+        def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            torch.manual_seed(6)
+            return way(x, weight, bias, a, b, nn.Dropout(0.5))
+
+        assert torch.autograd.gradcheck(function, (x, a, b))
+        assert torch.autograd.gradgradcheck(function, (x, a, b))
+
+    @pytest.mark.parametrize(
+        ("dropout", "kept"), [(nn.Dropout(0.5).eval(), 1), (nn.Dropout(0.0), 1), (nn.Dropout(1), 0)]
+    )
+    def test_dropout_of_all_or_nothing(
+        self, way: Callable[..., Tensor], n: int, dropout: nn.Module, kept: int
+    ) -> None:
+        given = operands(n)
+        x, weight, bias, *_ = given
+        expected = reference(*given) if kept else F.linear(x, weight, bias)
+        torch.testing.assert_close(way(*given, dropout), expected)
+
+    def test_dropout_keeps_the_input_itself_and_a_byte_an_entry(
+        self, way: Callable[..., Tensor], n: int
+    ) -> None:
+        given = operands(n)
+        saved = saved_for_backward(lambda: way(*given, nn.Dropout(0.5)))
+        as_large = [t for t in saved if t.shape == given[0].shape]
+        assert {t.dtype for t in as_large} == {torch.float64, torch.bool}
+        own = {t.data_ptr() for t in given}
+        assert all(t.data_ptr() in own for t in as_large if t.dtype != torch.bool)
+
+    @pytest.mark.parametrize("dropout", [(), (nn.Dropout(0.5),)])
+    def test_it_compiles_with_its_backward_pass(
+        self, way: Callable[..., Tensor], n: int, dropout: tuple[nn.Module, ...]
+    ) -> None:
         def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
             given = operands(n)
             given[0].requires_grad_()
-            loss = function(*given).square().sum()
+            torch.manual_seed(6)
+            loss = function(*given, *dropout).square().sum()
             return torch.autograd.grad(loss, [t for t in given if t.requires_grad])
 
         torch._dynamo.reset()
@@ -134,6 +197,23 @@ class TestFunction:
         gradient = torch.func.grad(lambda a: way(x, weight, bias, a, b).square().sum())(a)
         (expected,) = torch.autograd.grad(reference(x, weight, bias, a, b).square().sum(), a)
         torch.testing.assert_close(gradient, expected)
+
+
+def test_a_narrow_input_is_kept_as_it_is() -> None:
+    x, weight, bias, a, b = operands(2, torch.float32)
+    half = x.bfloat16().requires_grad_()
+    result = F.linear(half.detach(), weight.bfloat16(), bias.bfloat16())
+    saved = saved_for_backward(lambda: add_update(result, half, a, b, S))
+    as_large = [t for t in saved if t.shape == x.shape]
+    assert [t.data_ptr() for t in as_large] == [half.data_ptr()]
+    output = add_update(result, half, a, b, S)
+    expected = result.float() + S * F.linear(half.float(), torch.block_diag(*(b @ a).unbind()))
+    torch.testing.assert_close(output, expected)
+    ours = torch.autograd.grad(output.square().sum(), (half, a, b))
+    theirs = torch.autograd.grad(expected.square().sum(), (half, a, b))
+    assert ours[0].dtype == torch.bfloat16
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

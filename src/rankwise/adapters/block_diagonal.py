@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from rankwise.adapters.delta import DeltaLayer, DeltaModel
-from rankwise.adapters.fused import add_update, drops, frozen_linear, linear_with_update
+from rankwise.adapters.fused import add_update, frozen_linear, linear_with_update
 from rankwise.adapters.options import (
     check_choice,
     check_dropout,
@@ -210,10 +210,6 @@ class RaLoraLinear(DeltaLayer):
         """Whether this layer carries the named adapter."""
         return adapter in self.ralora_A
 
-    def factor_dtype(self, adapter: str) -> torch.dtype:
-        """The dtype of an adapter's factors."""
-        return next(self.ralora_A[adapter].parameters()).dtype
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in `DeltaLayer`; one adapter on a plain frozen layer is computed together with it."""
         active = [adapter for adapter in self.active_adapters if self.has_adapter(adapter)]
@@ -222,9 +218,10 @@ class RaLoraLinear(DeltaLayer):
         (adapter,) = active
         a, b = self.factors(adapter)
         frozen = frozen_linear(self.base_layer, x, a)
-        if frozen is None or drops(self.ralora_dropout[adapter]):
+        if frozen is None:
             return super().forward(x)
-        return linear_with_update(x, *frozen, a, b, self.scaling[adapter])
+        dropout = self.ralora_dropout[adapter]
+        return linear_with_update(x, *frozen, a, b, self.scaling[adapter], dropout)
 
     def add_delta(
         self,
@@ -233,8 +230,8 @@ class RaLoraLinear(DeltaLayer):
         adapter: str,
     ) -> Float[Tensor, "*batch d_out"]:
         """`result + s blockdiag(B_i A_i) x` without forming the matrix."""
-        dropped = self.ralora_dropout[adapter](x)
-        return add_update(result, dropped, *self.factors(adapter), self.scaling[adapter])
+        dropout = self.ralora_dropout[adapter]
+        return add_update(result, x, *self.factors(adapter), self.scaling[adapter], dropout)
 
     def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
         """The block-diagonal matrix `s blockdiag(B_i A_i)` in fp32 or wider."""

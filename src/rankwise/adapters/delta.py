@@ -56,15 +56,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         x: Float[Tensor, "*batch d_in"],
         adapter: str,
     ) -> Float[Tensor, "*batch d_out"]:
-        """`result + delta_W x`, scaling and dropout included; `result` itself is not changed."""
+        """`result + delta_W x`, scaling and dropout included; `result` itself is not changed.
+
+        The input comes in any dtype.
+        """
 
     @abstractmethod
     def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:
         """The adapter's update as a matrix in fp32 or wider, scaling included."""
-
-    @abstractmethod
-    def factor_dtype(self, adapter: str) -> torch.dtype:
-        """The dtype in which an adapter computes."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update in the layout of the base weight (`(d_in, d_out)` for Conv1D)."""
@@ -85,8 +84,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if self.has_adapter(adapter):
-                cast = self._cast_input_dtype(x, self.factor_dtype(adapter))
-                result = self.add_delta(result, cast, adapter)
+                result = self.add_delta(result, x, adapter)
         return result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

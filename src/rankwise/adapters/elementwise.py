@@ -189,10 +189,6 @@ class LrLoraLinear(DeltaLayer):
         """Whether this layer carries the named adapter."""
         return adapter in self.lrlora_A
 
-    def factor_dtype(self, adapter: str) -> torch.dtype:
-        """The dtype of an adapter's factors."""
-        return self._weight("lrlora_A", adapter).dtype
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the updates of all active adapters.
 
@@ -239,6 +235,7 @@ class LrLoraLinear(DeltaLayer):
         adapter: str,
     ) -> Float[Tensor, "*batch d_out"]:
         """`result + s f(B A) x`."""
+        x = self._cast_input_dtype(x, self._weight("lrlora_A", adapter).dtype)
         return result + self._linear(x, adapter, None, None)
 
     def delta_weight(self, adapter: str) -> Float[Tensor, "d_out d_in"]:

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from rankwise.adapters.fused import add_update, drops, frozen_linear, linear_with_update
+from rankwise.adapters.fused import add_update, frozen_linear, linear_with_update
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +29,13 @@ class FusedLoraLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         a, b = self._factors(active[0])
         frozen = frozen_linear(self.base_layer, x, a)
-        if frozen is not None and not drops(self.lora_dropout[active[0]]):
-            result = linear_with_update(x, *frozen, a, b, self.scaling[active[0]])
-            del active[0]
+        if frozen is not None:
+            result = linear_with_update(x, *frozen, a, b, *self._options(active.pop(0)))
         else:
             result = self.base_layer(x)
         dtype = result.dtype
         for adapter in active:
-            a, b = self._factors(adapter)
-            x = self._cast_input_dtype(x, a.dtype)
-            dropped = self.lora_dropout[adapter](x)
-            result = add_update(result, dropped, a, b, self.scaling[adapter])
+            result = add_update(result, x, *self._factors(adapter), *self._options(adapter))
         return result.to(dtype)
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -47,6 +43,10 @@ class FusedLoraLinear(lora.Linear):
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
         return a[None], b[None]
+
+    def _options(self, adapter: str) -> tuple[float, nn.Module]:
+        """Scaling and dropout."""
+        return self.scaling[adapter], self.lora_dropout[adapter]
 
 
 def fuse_lora_(model: nn.Module) -> list[str]:

@@ -15,8 +15,10 @@ With r much smaller than the layer, `z' g` takes less than half the time of `g' 
 products token-major z and u are as fast as rank-major ones or faster (MKL, AVX-512, r = 8 and 16).
 One block keeps z for the backward pass, as autograd would: r numbers a token and layer are under
 1 % of a step's memory. Several blocks compute it again: n r numbers cost more to keep than to
-compute (SmolLM2 with its own RaLoRA plan: 5 % of a step's memory). No tensor is as large as the
-weight, whatever n.
+compute (SmolLM2 with its own RaLoRA plan: 5 % of a step's memory). x itself is kept as the layer
+got it, one tensor for all layers that read it; what autograd would keep for each of them, a copy in
+the factors' dtype and one with dropout, is made again. No tensor is as large as the weight,
+whatever n.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+NO_DROPOUT = nn.Identity()
+
 
 def add_update(
     result: Float[Tensor, "*batch d_out"],
@@ -36,21 +40,24 @@ def add_update(
     a: Float[Tensor, "n r k"],
     b: Float[Tensor, "n ko r"],
     scaling: float,
+    dropout: nn.Module = NO_DROPOUT,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`result + s blockdiag(b_1 a_1, ..., b_n a_n) x` for `d_in = n k` and `d_out = n ko`.
+    """`result + s blockdiag(b_1 a_1, ..., b_n a_n) dropout(x)` for `d_in = n k` and `d_out = n ko`.
 
     Works with any frozen or trainable layer behind `result`. The products are computed in the
     factors' dtype (autocast's, where it is on), the sum in the wider of theirs and the result's.
 
     Args:
         result: What the update is added to; it is not changed.
-        x: Input of the layer, in the factors' dtype, dropout included.
+        x: Input of the layer, in any dtype.
         a: Input factors; one block is LoRA's A.
         b: Output factors; one block is LoRA's B.
         scaling: The factor s.
+        dropout: `nn.Dropout` or `nn.Identity`; the update alone goes through it.
     """
+    mask, scaling = _dropped(x, a.dtype, scaling, dropout)
     x, a, b = _autocast(x, a, b)
-    return _AddUpdate.apply(result, x, a, b, scaling)[0]
+    return _AddUpdate.apply(result, x, mask, a, b, scaling)[0]
 
 
 def linear_with_update(
@@ -60,8 +67,9 @@ def linear_with_update(
     a: Float[Tensor, "n r k"],
     b: Float[Tensor, "n ko r"],
     scaling: float,
+    dropout: nn.Module = NO_DROPOUT,
 ) -> Float[Tensor, "*batch d_out"]:
-    """`W x + bias + s blockdiag(b_1 a_1, ..., b_n a_n) x` with W and bias frozen.
+    """`W x + bias + s blockdiag(b_1 a_1, ..., b_n a_n) dropout(x)` with W and bias frozen.
 
     One step more than `add_update`: the update and its input gradient are accumulated where the
     frozen layer has just written, so nothing is added in a pass of its own.
@@ -73,8 +81,10 @@ def linear_with_update(
         a: Input factors.
         b: Output factors.
         scaling: The factor s.
+        dropout: `nn.Dropout` or `nn.Identity`; the update alone goes through it.
     """
-    return _LinearWithUpdate.apply(x, weight, bias, a, b, scaling)[0]
+    mask, scaling = _dropped(x, a.dtype, scaling, dropout)
+    return _LinearWithUpdate.apply(x, mask, weight, bias, a, b, scaling)[0]
 
 
 def frozen_linear(
@@ -97,11 +107,6 @@ def frozen_linear(
     return (weight.T if type(base) is Conv1D else weight), bias
 
 
-def drops(dropout: nn.Module) -> bool:
-    """Whether the adapter's input differs from the layer's, so that the two cannot share passes."""
-    return not isinstance(dropout, nn.Identity) and dropout.training
-
-
 def _is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
@@ -115,11 +120,11 @@ def _is_hooked(module: nn.Module) -> bool:
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
-        result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
+        result: Tensor, x: Tensor, mask: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.promote_types(result.dtype, a.dtype)
         out = result.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        z = _reduced(x, a, scaling)
+        z = _reduced(_masked(x.to(a.dtype), mask), a, scaling)
         _add_expanded_(out, z, b.transpose(1, 2))
         return out, _worth_keeping(z)
 
@@ -127,30 +132,39 @@ class _AddUpdate(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
     ) -> None:
-        result, x, a, b, ctx.scaling = inputs
+        result, x, mask, a, b, ctx.scaling = inputs
         ctx.result_dtype = result.dtype
-        _save(ctx, x, a, b, z=output[1])
+        _save(ctx, x, mask, a, b, z=output[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, a, b, z = ctx.saved_tensors
+        x, mask, a, b, z = ctx.saved_tensors
         narrow = gradient.to(a.dtype)
         u = _reduced(narrow, b.transpose(1, 2), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            grad_x = torch.empty(x.shape, dtype=a.dtype, device=x.device)
             _add_expanded_(grad_x, u, a, beta=0)
-        grad_a, grad_b = _factor_gradients(ctx, narrow, (x, a, u, z), ctx.needs_input_grad[2:4])
-        return gradient.to(ctx.result_dtype), grad_x, grad_a, grad_b, None
+            grad_x = _masked(grad_x, mask).to(x.dtype)
+        grad_a, grad_b = _factor_gradients(
+            ctx, narrow, (x, mask, a, u, z), ctx.needs_input_grad[3:5]
+        )
+        return gradient.to(ctx.result_dtype), grad_x, None, grad_a, grad_b, None
 
 
 class _LinearWithUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> tuple[Tensor, Tensor | None]:
         out = F.linear(x, weight, bias)
-        z = _reduced(x, a, scaling)
+        z = _reduced(_masked(x, mask), a, scaling)
         _add_expanded_(out, z, b.transpose(1, 2))
         return out, _worth_keeping(z)
 
@@ -158,19 +172,45 @@ class _LinearWithUpdate(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
     ) -> None:
-        x, weight, _, a, b, ctx.scaling = inputs
-        _save(ctx, x, weight, a, b, z=output[1])
+        x, mask, weight, _, a, b, ctx.scaling = inputs
+        _save(ctx, x, mask, weight, a, b, z=output[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, z = ctx.saved_tensors
+        x, mask, weight, a, b, z = ctx.saved_tensors
         u = _reduced(gradient, b.transpose(1, 2), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gradient @ weight
-            _add_expanded_(grad_x, u, a)
-        grad_a, grad_b = _factor_gradients(ctx, gradient, (x, a, u, z), ctx.needs_input_grad[3:5])
-        return grad_x, None, None, grad_a, grad_b, None
+            if mask is None:
+                _add_expanded_(grad_x, u, a)
+            else:
+                update = torch.empty_like(grad_x)
+                _add_expanded_(update, u, a, beta=0)
+                grad_x += _masked(update, mask)
+        grad_a, grad_b = _factor_gradients(
+            ctx, gradient, (x, mask, a, u, z), ctx.needs_input_grad[4:6]
+        )
+        return grad_x, None, None, None, grad_a, grad_b, None
+
+
+def _dropped(
+    x: Tensor, dtype: torch.dtype, scaling: float, dropout: nn.Module
+) -> tuple[Tensor | None, float]:
+    """What `dropout` keeps of x, and `scaling` with its factor `1 / (1 - p)`.
+
+    The ones are drawn as the entries of x would be, so that the random numbers are those of
+    `dropout(x)`. A mask costs a byte an entry; the product with it costs a pass.
+    """
+    if not isinstance(dropout, nn.Dropout) or not dropout.training or not dropout.p:
+        return None, scaling
+    with torch.no_grad():
+        mask = dropout(torch.ones_like(x, dtype=dtype)) != 0
+    return mask, scaling / (1 - dropout.p) if dropout.p < 1 else 0.0
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def _in_blocks(x: Tensor, n: int) -> Tensor:
@@ -208,11 +248,12 @@ def _save(ctx: Any, *tensors: Tensor, z: Tensor | None) -> None:
 def _factor_gradients(
     ctx: Any,
     gradient: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    operands: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """`dA = u' x` and `dB = (z' g)'` for each block."""
-    x, a, u, z = operands
+    x, mask, a, u, z = operands
+    x = _masked(x.to(a.dtype), mask)
     n = a.shape[0]
     grad_a = torch.bmm(u.transpose(1, 2), _in_blocks(x, n)) if needed[0] else None
     if not needed[1]:
