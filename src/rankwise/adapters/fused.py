@@ -199,13 +199,12 @@ def _dropped(
 ) -> tuple[Tensor | None, float]:
     """What `dropout` keeps of x, and `scaling` with its factor `1 / (1 - p)`.
 
-    The ones are drawn as the entries of x would be, so that the random numbers are those of
-    `dropout(x)`. A mask costs a byte an entry; the product with it costs a pass.
+    The random numbers are those that `dropout(x)` would draw with x in the factors' dtype. A mask
+    costs a byte an entry; the product with it costs a pass.
     """
     if not isinstance(dropout, nn.Dropout) or not dropout.training or not dropout.p:
         return None, scaling
-    with torch.no_grad():
-        mask = dropout(torch.ones_like(x, dtype=dtype)) != 0
+    _, mask = torch.native_dropout(x.detach().to(dtype), dropout.p, train=True)
     return mask, scaling / (1 - dropout.p) if dropout.p < 1 else 0.0
 
 
