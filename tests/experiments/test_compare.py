@@ -12,6 +12,7 @@ from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.compare import duration, run_experiment
 from rankwise.experiments.config import make_experiment
+from rankwise.experiments.dry_run import dry_run
 from rankwise.experiments.result_tables import markdown, terminal_table
 from rankwise.experiments.results import make_results
 from tiny_experiment import write_experiment
@@ -75,6 +76,21 @@ def test_a_shared_search_is_run_once_and_chooses_for_all(tmp_path: Path) -> None
     searched = [name for name in names if name.endswith("--search")]
     assert all(name.startswith("lines--lora--r2--") for name in searched)
     assert len({board.choice(group).rate for group in board.groups}) == 1
+
+
+def test_a_task_compares_the_methods_that_it_names(tmp_path: Path) -> None:
+    document = write_experiment(tmp_path, methods=["lora", "rslora", "dora"], learning_rates=[1e-3])
+    named = document["tasks"][0] | {"name": "named", "methods": ["rslora", "lora"]}
+    document |= {"tasks": [*document["tasks"], named]}
+    board = Board(make_experiment(document))
+    compared = [(group.task.name, group.method.label) for group in board.groups]
+    assert compared == [
+        *(("lines", label) for label in ("lora", "rslora", "dora")),
+        *(("named", label) for label in ("lora", "rslora")),
+    ]
+    results = make_results(board)
+    assert [(row.task, row.label) for row in results.rows] == compared
+    assert dry_run(make_experiment(document)).cells == board.total() == 5 * 2
 
 
 def test_results_are_those_of_the_records(finished: tuple[Board, Path]) -> None:

@@ -84,6 +84,8 @@ def test_a_task_may_have_settings_of_its_own() -> None:
         ),
         ({"tasks": [LONG | {"selection": {"step": 2}}]}, "did you mean 'steps'"),
         ({"selection": {"budget": 2}}, "selection.budget=2 is no budget of one"),
+        ({"tasks": [LONG | {"methods": ["lora", "lorra"]}]}, "did you mean 'lora'"),
+        ({"tasks": [LONG | {"methods": []}]}, "long.methods leaves out 'lora'"),
         ({"tasks": [MINIMAL["tasks"][0], LONG | {"rates_from": "on"}]}, "did you mean 'one'"),
         ({"tasks": [LONG | {"rates_from": "long"}]}, "long.rates_from='long'"),
         (

@@ -139,11 +139,11 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
     A method that no budget changes stands there once per task.
     """
     groups: list[Group] = []
-    methods = [method for method in config.make_methods() if method.reason is None]
     tasks = {task.name: task for task in config.make_tasks()}
     for task in tasks.values():
         source = tasks[task.rates_from or task.name]
         chosen = source.selection
+        methods = [method for method in config.methods_of(task) if method.reason is None]
         for place, rank in enumerate(task.budgets):
             for method in methods:
                 budgeted = method.contestant.budgeted

@@ -80,6 +80,7 @@ class ExperimentConfig(Section):
         if self.reference.rank not in (None, *budgets):
             known = ", ".join(map(str, sorted(budgets)))
             raise ConfigError(f"reference.rank={self.reference.rank} is no budget; known: {known}.")
+        self._methods_are_known(labels)
         self._searches_are_known()
         searched = {seed for task in self.make_tasks() for seed in task.selection.seeds}
         shared = sorted(searched.intersection(self.seeds))
@@ -89,6 +90,18 @@ class ExperimentConfig(Section):
                 "other seeds than those that are compared."
             )
         return self
+
+    def _methods_are_known(self, labels: list[str]) -> None:
+        """Whether tasks that compare some of the methods name those, the reference among them."""
+        for task in self.make_tasks():
+            for label in task.methods or ():
+                if label not in labels:
+                    raise ConfigError(f"{task.name}.methods: {label!r}: {nearest(label, labels)}")
+            if task.methods is not None and self.reference_label not in task.methods:
+                raise ConfigError(
+                    f"{task.name}.methods leaves out {self.reference_label!r}, "
+                    "which the others are compared with."
+                )
 
     def _searches_are_known(self) -> None:
         """Whether every task's learning rates are chosen somewhere."""
@@ -144,6 +157,10 @@ class ExperimentConfig(Section):
         _refuse_repeated([entry.slug for entry in entries], "methods", "make labels more different")
         return entries
 
+    def methods_of(self, task: TaskSpec) -> list[Entry]:
+        """The methods that a task compares, in the experiment's order."""
+        return [m for m in self.make_methods() if task.methods is None or m.label in task.methods]
+
     def make_tasks(self) -> list[TaskSpec]:
         """The tasks with the settings that apply to them.
 
@@ -184,6 +201,7 @@ class ExperimentConfig(Section):
                 ),
                 budgets=TypeAdapter(list[int]).validate_python(own.get("budgets", self.budgets)),
                 rates_from=TypeAdapter(str | None).validate_python(own.get("rates_from")),
+                methods=TypeAdapter(list[str] | None).validate_python(own.get("methods")),
             )
         except ValidationError as error:
             raise ConfigError(f"{where}: {describe(error)}") from error
@@ -191,7 +209,7 @@ class ExperimentConfig(Section):
 
 _OWN_KEYS = (
     *("name", "training", "profile", "selection"),
-    *("targets", "learning_rates", "budgets", "rates_from"),
+    *("targets", "learning_rates", "budgets", "rates_from", "methods"),
 )
 
 
@@ -211,6 +229,7 @@ class TaskSpec:
         learning_rates: Likewise.
         budgets: Likewise.
         rates_from: The task whose choice of learning rates holds here as well.
+        methods: Labels of the methods that are compared here; default: all.
     """
 
     name: str
@@ -224,6 +243,7 @@ class TaskSpec:
     learning_rates: list[float]
     budgets: list[int]
     rates_from: str | None = None
+    methods: list[str] | None = None
 
     @property
     def search_lower_is_better(self) -> bool:

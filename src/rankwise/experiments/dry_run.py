@@ -110,7 +110,7 @@ def dry_run(
         targets = find_targets(model, task.targets)
         models[task.name] = count_parameters(model), len(targets)
         for rank in task.budgets:
-            for entry in config.make_methods():
+            for entry in config.methods_of(task):
                 plans.append(_plan(task, entry, rank, model, targets))
     groups = make_groups(config)
     searches = search_cells(groups)

@@ -85,7 +85,7 @@ def task_rows(board: Board, task: TaskSpec) -> list[Row]:
     rows = []
     groups = [group for group in board.groups if group.task.name == task.name]
     for rank in task.budgets:
-        for method in board.config.make_methods():
+        for method in board.config.methods_of(task):
             empty = Row(
                 task.name,
                 task.task.metric,
