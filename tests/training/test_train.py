@@ -4,6 +4,7 @@ import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.adapters import load_adapter
+from rankwise.adapters.fuse_lora import FusedLoraLinear
 from rankwise.errors import ConfigError, DataError, FileError, PlanError, RankwiseError, TargetError
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
@@ -90,6 +92,36 @@ def test_a_saved_plan_is_used(place: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         saved = json.loads((tmp_path / name / "adapter/adapter_config.json").read_text())
         assert {key: saved[key] for key in options} == options
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "gard"}, {"name": "gard-dynamic", "dynamic": {"interval": 2, "window": 1}}]
+)
+def test_plain_lora_trains_fused_to_the_same_end(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:
+    calls = []
+    forward = FusedLoraLinear.forward
+
+    def counted(self: FusedLoraLinear, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusedLoraLinear, "forward", counted)
+    changes = {"dynamic": method["dynamic"]} if "dynamic" in method else {}
+    changes["method"] = {"name": method["name"], "r": 2}
+    settings = {"steps": 6, "batch_size": 4, "learning_rate": 0.01, "dropout": 0.1}
+    runs = {}
+    for fused in (True, False):
+        calls.clear()
+        chosen = settings | {"fuse_lora": fused}
+        run = train(config(place, tmp_path / str(fused), training=chosen, **changes))
+        assert bool(calls) is fused
+        assert not any(isinstance(module, FusedLoraLinear) for module in run.model.modules())
+        runs[fused] = run
+    assert runs[True].plan.modules == runs[False].plan.modules
+    for ours, theirs in zip(runs[True].record.held_out, runs[False].record.held_out, strict=True):
+        assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-4)
 
 
 def test_gradient_accumulation_and_checkpointing_train(place: Path, tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapters")
     gradient_checkpointing: bool = False
+    fuse_lora: bool = Field(
+        default=True,
+        description="plain LoRA in few passes over memory, see `rankwise.fuse_lora_`",
+    )
     evaluate_every: int | None = Field(
         default=None, ge=1, description="steps between held-out evaluations; default: a fifth"
     )

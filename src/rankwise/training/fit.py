@@ -20,7 +20,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from rankwise.adapters import LrLoraLinear, lr_lora_param_groups
+from rankwise.adapters import LrLoraLinear, fuse_lora_, lr_lora_param_groups, unfuse_lora_
 from rankwise.dynamic import RankCallback
 from rankwise.records import HeldOutLoss, TrainLoss
 from rankwise.training.analysis import AnalysisCallback, adapted_layers, default_steps
@@ -81,7 +81,12 @@ def fit(
             optimizers=(_optimizer(model, settings), None),
         )
         trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
-        trainer.train()
+        if settings.fuse_lora:
+            fuse_lora_(model)
+        try:
+            trainer.train()
+        finally:
+            unfuse_lora_(model)
     seconds["evaluate"] = callback.seconds
     seconds["train"] = time.perf_counter() - started - callback.seconds
     for each in callbacks:
