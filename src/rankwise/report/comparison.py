@@ -6,6 +6,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from rankwise.report.comparison_dots import interval_bars
 from rankwise.report.comparison_view import (
     ComparisonRow,
     ComparisonView,
@@ -100,8 +101,6 @@ def _curve(rows: list[ComparisonRow], series: int) -> go.Scatter:
     """One method over its budgets; bars only where there is more than one seed."""
     placed = sorted((row.size or 0, row.summary) for row in rows if row.summary is not None)
     sizes, summaries = [size for size, _ in placed], [summary for _, summary in placed]
-    up = [0.0 if s.high is None else s.high - s.mean for s in summaries]
-    down = [0.0 if s.low is None else s.mean - s.low for s in summaries]
     return line(
         sizes,
         [summary.mean for summary in summaries],
@@ -110,7 +109,7 @@ def _curve(rows: list[ComparisonRow], series: int) -> go.Scatter:
         line={"width": 3 if rows[0].ours else 1.5},
         # seven colours by seven symbols tell forty-nine methods apart
         marker={"symbol": SYMBOLS[(series + series // len(SYMBOLS)) % len(SYMBOLS)], "size": 9},
-        error_y={"type": "data", "array": up, "arrayminus": down, "thickness": 1.25, "width": 4},
+        error_y=interval_bars(summaries),
         customdata=[_span(summary) for summary in summaries],
         hovertemplate="%{fullData.name}<br>%{x:,} parameters<br>%{y:.4f}<br>%{customdata}"
         "<extra></extra>",

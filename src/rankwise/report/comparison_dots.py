@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import plotly.graph_objects as go
 
-from rankwise.report.comparison_view import ComparisonRow, best_first
+from rankwise.report.comparison_view import ComparisonRow, SummaryView, best_first
 from rankwise.report.comparison_words import interval
 from rankwise.report.labels import plain
 from rankwise.report.plots import Variant, axis, line, shape_layout, variant
@@ -61,6 +64,13 @@ def _figure(ranked: list[ComparisonRow], reference: str) -> go.Figure:
     return figure
 
 
+def interval_bars(summaries: Sequence[SummaryView]) -> dict[str, Any]:
+    """Plotly's bars from means to the ends of their intervals; none where there is no interval."""
+    up = [0.0 if s.high is None else s.high - s.mean for s in summaries]
+    down = [0.0 if s.low is None else s.mean - s.low for s in summaries]
+    return {"type": "data", "array": up, "arrayminus": down, "thickness": 1.25, "width": 4}
+
+
 def _seeds(ranked: list[ComparisonRow], labels: list[str]) -> go.Scatter:
     points = [
         (value, label, seed)
@@ -76,12 +86,10 @@ def _seeds(ranked: list[ComparisonRow], labels: list[str]) -> go.Scatter:
 
 def _means(ranked: list[ComparisonRow], labels: list[str]) -> go.Scatter:
     summaries = [row.summary for row in ranked if row.summary is not None]
-    up = [0.0 if s.high is None else s.high - s.mean for s in summaries]
-    down = [0.0 if s.low is None else s.mean - s.low for s in summaries]
     said = [plain(f"{interval(s)}, {s.count} seeds") for s in summaries]
     return line(
         [s.mean for s in summaries], labels, "mean", 1, mode="markers",
         marker={"symbol": "diamond", "size": 9},
-        error_x={"type": "data", "array": up, "arrayminus": down, "thickness": 1.25, "width": 4},
+        error_x=interval_bars(summaries),
         customdata=said, hovertemplate="%{y}<br>%{x:.4f}<br>%{customdata}<extra></extra>",
     )  # fmt: skip
