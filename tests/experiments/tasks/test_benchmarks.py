@@ -80,7 +80,7 @@ def test_learning_rates_are_chosen_by_the_loss(options, harness):
 
 
 def test_test_rows_are_measured_as_well(options, harness):
-    task = BenchmarkTask(**options, test=options["train"])
+    task = BenchmarkTask(**options | {"metric": "median_loss", "test": options["train"]})
     data, model = task.load(), task.load_model()
     found = task.evaluate_test(model, data)
     assert found["loss"] == task.evaluate(model, data, data.test)["loss"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -33,8 +33,6 @@ class BenchmarkTask(CompletionTask):
         run_code: Let benchmarks run the code that the model writes, as HumanEval must. It is run
             on this machine, without a sandbox.
     """
-
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 
     test: str = ""
     benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
