@@ -121,7 +121,8 @@ def lrlora_case(
         reference_delta,
         drop,
         summed=("lrlora_amplitude", "lrlora_bandwidth", "lrlora_grid"),
-        slack=10 if constant else 100,
+        # moments of 6,144 entries: where a BLAS has eight lanes instead of sixteen, off by 2.0e-5
+        slack=20 if constant else 100,
     )
 
 

@@ -189,7 +189,7 @@ class TestModes:
         assert config["r"] == config["lora_alpha"] == max(exported.ranks.values()) == 12
         assert set(exported.ranks.values()) == {12}
         assert config["rank_pattern"] == config["alpha_pattern"] == {}
-        assert exported.error < 1e-6
+        assert exported.error < 5e-6  # 3e-6 where the BLAS has eight lanes
 
     def test_compact_has_each_modules_own_rank(self, tmp_path: Path) -> None:
         model = live_model(tiny_llama())

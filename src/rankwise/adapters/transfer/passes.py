@@ -139,7 +139,7 @@ def forward_pass(
         for tile in tiles(used, matrix):
             used.value_(matrix[tile], **merge.options(tile))
             merge.finish_(matrix[tile], tile)
-        return F.linear(x, matrix.to(x.dtype), bias), used
+        return F.linear(x, _laid_out_like(merge.weight, matrix.to(x.dtype)), bias), used
 
 
 class Gradients(NamedTuple):
@@ -201,6 +201,18 @@ def backward_pass(
         grad_a, grad_b = (wide_b.T @ u).mul_(merge.scale), (u @ wide_a.T).mul_(merge.scale)
         parts = (None if p is None else p * merge.scale for p in used.gradients())
         return Gradients(grad_x, grad_a, grad_b, *parts)
+
+
+def _laid_out_like(weight: Tensor | None, matrix: Tensor) -> Tensor:
+    """The matrix in the weight's memory order, in the second scratch matrix.
+
+    A BLAS may round products of a transposed matrix differently, and a fresh adapter must be its
+    base to the last bit. `Conv1D` is the layer that keeps its weight transposed.
+    """
+    if weight is None or weight.is_contiguous() or not weight.T.is_contiguous():
+        return matrix
+    rows, columns = matrix.shape
+    return scratch.matrix(1, columns, rows, matrix).copy_(matrix.T).T
 
 
 def _product(used: Evaluator, a: Tensor, b: Tensor) -> Tensor:
