@@ -211,16 +211,20 @@ def _trade_section(results: Results) -> list[str]:
 
 
 def _rate_section(results: Results) -> list[str]:
-    """Appendix: the validation metric at every learning rate of the grid."""
+    """Appendix: the validation metric at every learning rate of the grid, each search once."""
     lines: list[str] = []
-    for task, rank in _tables(results):
-        rows = [row for row in _rows_of(results, task, rank) if _is_searched(row)]
-        if not rows:
-            continue
+    searched = [row for row in results.rows if _is_searched(row)]
+    for search in dict.fromkeys(row.searched_at for row in searched):
+        sharing = [row for row in searched if row.searched_at == search]
+        rows = {row.label: row for row in sharing}.values()
         rates = sorted({rate for row in rows for rate in row.rates}, key=float)
         table = [[row.label, *(_score(row, rate) for rate in rates)] for row in rows]
-        lines += ["", f"## Learning rates on the validation part: {task}, r = {rank}", ""]
+        lines += ["", f"## Learning rates on the validation part: {search}", ""]
         lines.append(markdown_table(["method", *rates], table))
+        served = dict.fromkeys(f"{row.task}, r = {row.rank}" for row in sharing)
+        others = [name for name in served if name != search]
+        if others:
+            lines += ["", f"The same rates serve {'; '.join(others)}."]
     return lines
 
 

@@ -31,6 +31,7 @@ class Row:
         trainable: What the optimizer updates, heads not counted.
         learning_rate: Chosen or fixed; None while the search goes on, or where nothing is trained.
         at_edge: Whether the chosen rate is the grid's smallest or largest.
+        searched_at: Task and budget of the search, which several tasks and budgets may share.
         rates: Learning rate -> mean validation metric of the search; None where a run diverged.
         values: Seed -> metric on the test part.
         others: Name of another metric -> seed -> value.
@@ -63,6 +64,7 @@ class Row:
     trainable: int | None = None
     learning_rate: float | None = None
     at_edge: bool = False
+    searched_at: str = ""
     rates: dict[str, float | None] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     others: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -120,11 +122,19 @@ def _filled(row: Row, board: Board, group: Group) -> Row:
         row,
         learning_rate=choice.rate,
         at_edge=choice.at_edge,
+        searched_at=_searched_at(group),
         rates={f"{rate:g}": score for rate, score in choice.scores.items()},
         failed=failed,
         status=_status(choice, group, records, failed),
     )
     return _measured(row, records) if records else row
+
+
+def _searched_at(group: Group) -> str:
+    """Of a method that no budget changes, the first budget."""
+    task = group.search_task
+    rank = group.search_rank or task.selection.budget or task.budgets[0]
+    return f"{task.name}, r = {rank}"
 
 
 def _status(
