@@ -13,7 +13,7 @@ from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.compare import duration, run_experiment
 from rankwise.experiments.config import make_experiment
 from rankwise.experiments.dry_run import dry_run
-from rankwise.experiments.result_tables import markdown, terminal_table
+from rankwise.experiments.result_tables import markdown, save_results, terminal_table
 from rankwise.experiments.results import make_results
 from tiny_experiment import write_experiment
 
@@ -76,6 +76,10 @@ def test_a_shared_search_is_run_once_and_chooses_for_all(tmp_path: Path) -> None
     searched = [name for name in names if name.endswith("--search")]
     assert all(name.startswith("lines--lora--r2--") for name in searched)
     assert len({board.choice(group).rate for group in board.groups}) == 1
+    page = markdown(make_results(board))
+    assert page.count("## Learning rates") == 1
+    served = page.partition("## Learning rates on the validation part: lines, r = 2\n")[2]
+    assert "The same rates serve lines, r = 1; longer, r = 1; longer, r = 2." in served
 
 
 def test_a_task_compares_the_methods_that_it_names(tmp_path: Path) -> None:
@@ -133,6 +137,23 @@ def test_a_finished_record_is_never_run_twice(
     monkeypatch.setattr(compare_module, "run_cell", None)
     again = run_experiment(board.config)
     assert [r.name for r in again.records()] == [r.name for r in board.records()]
+
+
+def test_experiments_of_one_workspace_share_their_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = write_experiment(tmp_path, methods=["lora", "rslora"], learning_rates=[1e-3])
+    document["workspace"] = str(tmp_path / "runs")
+    first = _run(document)
+    assert len(first.records()) == first.total()
+    monkeypatch.setattr(compare_module, "run_cell", None)
+    second = _run(document | {"output": str(tmp_path / "view"), "methods": ["rslora"]})
+    assert [r.name for r in second.records()] == [
+        r.name for r in first.records() if r.label == "rslora"
+    ]
+    save_results(make_results(second), tmp_path / "view")
+    here = {path.name for path in (tmp_path / "view").iterdir()}
+    assert here == {"experiment.json", "results.json", "results.md"}
 
 
 def test_changed_settings_are_run_anew_and_never_mixed(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from rankwise.provenance import model_fingerprint
 from rankwise.targets import Targets, find_targets
 
 PROFILES = "profiles"
-"""Folder of the profiles in an experiment's output."""
+"""Folder of the profiles among an experiment's runs."""
 
 GROUPED = 16
 """Batches that are sorted by length together, where that is asked for."""
@@ -68,13 +68,13 @@ class Bench:
     """Keeps the data of every task, and the base model of the last task and seed.
 
     Args:
-        output: The experiment's folder, where profiles are kept for all processes.
+        folder: Of the experiment's runs, where profiles are kept for all processes.
         device: Where models are run.
     """
 
-    def __init__(self, output: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         self.device = device
-        self._output = output
+        self._folder = folder
         self._data: dict[str, Loaded] = {}
         self._base: tuple[tuple[str, int], Base] | None = None
 
@@ -118,7 +118,7 @@ class Bench:
         if own is None:
             return None
         count = task.profile.batches or own
-        folder = self._output / PROFILES / _profile_name(cell, contestant.statistics(), count)
+        folder = self._folder / PROFILES / _profile_name(cell, contestant.statistics(), count)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():

@@ -37,7 +37,7 @@ class Board:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
-        self.folder = Path(config.output) / RECORDS
+        self.folder = config.runs_folder / RECORDS
         self.groups = make_groups(config)
         self._records: dict[str, CellRecord] = {}
         self._finals: dict[tuple[int, float | None], list[Cell]] = {}

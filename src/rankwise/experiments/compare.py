@@ -77,7 +77,7 @@ def run_experiment(
     device = choose_device(config.device)
     board = Board(config)
     board.folder.mkdir(parents=True, exist_ok=True)
-    (Path(config.output) / LOCKS).mkdir(exist_ok=True)
+    (config.runs_folder / LOCKS).mkdir(exist_ok=True)
     write_text(Path(config.output) / EXPERIMENT_FILE, config.model_dump_json(indent=1) + "\n")
     for failure in board.folder.glob(f"*{FAILED}"):
         failure.unlink()  # they are tried again
@@ -94,7 +94,7 @@ def run_experiment(
 
 def work(board: Board, device: torch.device, after_each: Callable[[], None] | None = None) -> None:
     """Claim and run cells until none is left; waits for those whose search others still run."""
-    bench = Bench(Path(board.config.output), device)
+    bench = Bench(board.config.runs_folder, device)
     while True:
         claimed, waiting = _claim(board)
         if claimed is None:
@@ -120,7 +120,7 @@ def _claim(board: Board) -> tuple[tuple[Cell, FileLock] | None, bool]:
     for cell in board.cells():
         if _is_over(board, cell):
             continue
-        lock = FileLock(Path(board.config.output) / LOCKS / f"{cell.file_name}.lock")
+        lock = FileLock(board.config.runs_folder / LOCKS / f"{cell.file_name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -41,6 +41,10 @@ class ExperimentConfig(Section):
     """Everything `rankwise compare` needs."""
 
     output: str = Field(description="folder for records, profiles and results")
+    workspace: str | None = Field(
+        default=None,
+        description="folder for records and profiles instead, which experiments may share",
+    )
     title: str = Field(default="", description="heading of the results")
     model: str | None = Field(default=None, description="of tasks that name none")
     tasks: list[dict[str, Any]] = Field(min_length=1)
@@ -124,6 +128,11 @@ class ExperimentConfig(Section):
             budget = task.selection.budget
             if task.rates_from is None and budget not in (None, *task.budgets):
                 raise ConfigError(f"selection.budget={budget} is no budget of {task.name}.")
+
+    @property
+    def runs_folder(self) -> Path:
+        """Where records, profiles and locks are."""
+        return Path(self.workspace or self.output)
 
     @property
     def reference_label(self) -> str:
