@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,12 @@ def test_the_plot_draws_means_and_intervals_over_the_budgets(tmp_path: Path) -> 
     assert [t["name"] for t in traces] == ["lora", "RaLoRA", "slow &lt;b&gt;one&lt;/b&gt;"]
     for trace, label in zip(traces, ("lora", "RaLoRA", "slow <b>one</b>"), strict=True):
         own = [r for r in rows if (r["task"], r["label"]) == ("cola", label)]
-        assert trace["x"] == [r["parameters"] for r in own]
+        assert [size for _, size in trace["customdata"]] == [r["parameters"] for r in own]
+        assert trace["x"] == pytest.approx([r["parameters"] for r in own], rel=0.04)
         assert trace["y"] == [r["summary"]["mean"] for r in own]
         assert trace["error_y"]["array"] == trace["error_y"]["arrayminus"] == [0.03125] * 2
+    shifted = [math.log(t["x"][0] / t["customdata"][0][1]) for t in traces]
+    assert shifted == pytest.approx([-0.03, 0, 0.03]), "intervals of one size hide each other"
     assert "higher is better" in variants[0]["reading"]
     assert "lower is better" in variants[1]["reading"]
 
@@ -109,7 +113,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert "rankwise compare experiment.yaml" in text
     trace = page.data("figures")["plots"]["parameters"][0]["figure"]["data"][0]
     assert trace["error_y"]["array"] == [0.0, 0.0]
-    assert trace["customdata"] == ["one seed", "one seed"]
+    assert [span for span, _ in trace["customdata"]] == ["one seed", "one seed"]
     assert document["comparisons"][0]["rows"][0]["summary"]["low"] is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 
 import plotly.graph_objects as go
@@ -38,8 +39,12 @@ _READING = (
 _PARAMETERS = (
     "Every method at every budget it was run at: to the left is cheaper, {better} is better. Bars "
     "are 95 % intervals over the seeds; where two overlap widely, the order of the points is luck. "
-    "Thick lines are this project's methods."
+    "Thick lines are this project's methods. Methods of one size are drawn side by side; the true "
+    "size is under the pointer."
 )
+_BESIDE, _SPREAD = 0.03, 0.3
+"""Between two methods of one size in the logarithm of the parameters, and from the first to the
+last at most: budgets are mostly a factor of 2 apart, which is 0.7."""
 
 
 def comparison_tables(comparison: ComparisonView) -> str:
@@ -79,10 +84,11 @@ def parameter_variants(report: Report) -> list[Variant]:
             rows = [row for row in rows if row.size is not None]
             if len({row.rank for row in rows}) < 2:
                 continue
+            labels = list(dict.fromkeys(row.label for row in rows))
             figure = go.Figure(
                 [
-                    _curve([row for row in rows if row.label == label], series)
-                    for series, label in enumerate(dict.fromkeys(row.label for row in rows))
+                    _curve([row for row in rows if row.label == label], series, len(labels))
+                    for series, label in enumerate(labels)
                 ]
             )
             shape_layout(
@@ -97,12 +103,13 @@ def parameter_variants(report: Report) -> list[Variant]:
     return found
 
 
-def _curve(rows: list[ComparisonRow], series: int) -> go.Scatter:
-    """One method over its budgets; bars only where there is more than one seed."""
+def _curve(rows: list[ComparisonRow], series: int, count: int) -> go.Scatter:
+    """One method of several over its budgets; bars only where there is more than one seed."""
     placed = sorted((row.size or 0, row.summary) for row in rows if row.summary is not None)
     sizes, summaries = [size for size, _ in placed], [summary for _, summary in placed]
+    beside = math.exp((series - (count - 1) / 2) * min(_BESIDE, _SPREAD / count))
     return line(
-        sizes,
+        [size * beside for size in sizes],
         [summary.mean for summary in summaries],
         rows[0].label,
         series,
@@ -110,8 +117,9 @@ def _curve(rows: list[ComparisonRow], series: int) -> go.Scatter:
         # seven colours by seven symbols tell forty-nine methods apart
         marker={"symbol": SYMBOLS[(series + series // len(SYMBOLS)) % len(SYMBOLS)], "size": 9},
         error_y=interval_bars(summaries),
-        customdata=[_span(summary) for summary in summaries],
-        hovertemplate="%{fullData.name}<br>%{x:,} parameters<br>%{y:.4f}<br>%{customdata}"
+        customdata=[[_span(s), size] for s, size in zip(summaries, sizes, strict=True)],
+        hovertemplate="%{fullData.name}<br>%{customdata[1]:,} parameters<br>%{y:.4f}<br>"
+        "%{customdata[0]}"
         "<extra></extra>",
     )
 
