@@ -1,10 +1,11 @@
 """Losses of a comparison's methods less the reference's, on three measures, as Markdown.
 
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 4 --seeds 0 1 2
+    python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 4
 
-Of one task and budget, paired over the seeds, with 95 % intervals: the test loss, the median over
-the test problems (where all records have it), and the loss on the validation part, which no single
-problem of the test part can move.
+Of one task, paired over the seeds, with 95 % intervals: the test loss, the median over the test
+problems (where all records have it), and the loss on the validation part, which no single problem
+of the test part can move. Of several budgets a seed counts once, with its mean over them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.config import load_experiment
 from rankwise.experiments.statistics import summarise
 
-Runs = dict[int, CellRecord]
+Runs = dict[int, list[CellRecord]]
+"""Seed -> a record of each budget."""
 Measure = Callable[[CellRecord], float | None]
 
 MEASURES: dict[str, Measure] = {
@@ -29,26 +31,36 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def finished_runs(board: Board, task: str, rank: int, seeds: list[int]) -> dict[str, Runs]:
-    """Label -> seed -> record, of the methods that have a record of every seed."""
-    found = {}
+def finished_runs(board: Board, task: str, ranks: list[int], seeds: list[int]) -> dict[str, Runs]:
+    """Label -> runs, of the methods that have a record of every budget and seed."""
+    found: dict[str, Runs] = {}
     for group in board.groups:
-        if group.task.name != task or group.rank not in (rank, None):
+        if group.task.name != task or group.rank not in (*ranks, None):
             continue
-        cells = [cell for cell in board.finals(group) if cell.seed in seeds]
-        runs = {cell.seed: record for cell in cells if (record := board.record(cell))}
-        if len(runs) == len(seeds):
-            found[group.method.label] = runs
-    return found
+        runs = found.setdefault(group.method.label, {seed: [] for seed in seeds})
+        for cell in board.finals(group):
+            if cell.seed in runs and (record := board.record(cell)):
+                runs[cell.seed] += [record] * (len(ranks) if group.rank is None else 1)
+    return {
+        label: runs
+        for label, runs in found.items()
+        if all(len(records) == len(ranks) for records in runs.values())
+    }
+
+
+def values(runs: Runs, measure: Measure) -> list[float] | None:
+    """One a seed; None where a record lacks the measure."""
+    found = [[measure(record) for record in records] for records in runs.values()]
+    known = [[value for value in own if value is not None] for own in found]
+    return None if known != found else [fmean(own) for own in known]
 
 
 def difference(runs: Runs, reference: Runs, measure: Measure) -> str:
     """Mean paired difference with its interval; a dash where a record lacks the measure."""
-    pairs = [(measure(runs[seed]), measure(reference[seed])) for seed in runs]
-    found = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
-    if runs is reference or len(found) < len(pairs) or len(found) < 2:
+    ours, theirs = values(runs, measure), values(reference, measure)
+    if runs is reference or ours is None or theirs is None or len(ours) < 2:
         return "–"
-    summary = summarise(found)
+    summary = summarise([own - other for own, other in zip(ours, theirs, strict=True)])
     return f"{summary.mean:+.4f} [{summary.low:+.4f}, {summary.high:+.4f}]"
 
 
@@ -57,18 +69,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", type=Path)
     parser.add_argument("task")
-    parser.add_argument("rank", type=int, help="the budget, as a rank of LoRA")
+    parser.add_argument("ranks", type=int, nargs="+", help="the budgets, as ranks of LoRA")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--scale", choices=("full", "small"), default="full")
     given = parser.parse_args()
-    config = load_experiment(given.experiment)
-    runs = finished_runs(Board(config), given.task, given.rank, given.seeds)
+    config = load_experiment(given.experiment, scale=given.scale)
+    runs = finished_runs(Board(config), given.task, given.ranks, given.seeds)
     if config.reference_label not in runs:
-        parser.error(f"{config.reference_label} has no record of every seed at that place")
+        parser.error(f"{config.reference_label} has no record of every seed and budget there")
     reference = runs[config.reference_label]
-    losses = {
-        label: [loss for run in own.values() if (loss := MEASURES["test"](run)) is not None]
-        for label, own in runs.items()
-    }
+    losses = {label: found for label, r in runs.items() if (found := values(r, MEASURES["test"]))}
     print("| method | loss | sd | largest |", " | ".join(MEASURES), "|")
     print("|---|" + "---:|" * (3 + len(MEASURES)))
     for label in sorted(losses, key=lambda label: fmean(losses[label])):
