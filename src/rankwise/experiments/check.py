@@ -166,7 +166,7 @@ def read_records(folder: Path) -> dict[tuple[str, str], CellRecord]:
     place = folder / RECORDS if (folder / RECORDS).is_dir() else folder
     files = [path for path in sorted(place.glob("*.json")) if not path.name.endswith(FAILED)]
     if not files:
-        raise FileError(f"{folder}: holds no records; name the output folder of an experiment.")
+        raise FileError(f"{folder}: holds no records; name an experiment's output or workspace.")
     records = [CellRecord.load(path) for path in files]
     return {(record.name, record.config_hash): record for record in records}
 
