@@ -133,20 +133,49 @@ class TestGitCommit:
         monkeypatch.setenv("PATH", "")
         assert git_commit() is None
 
-    def test_clean_and_changed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def git(*arguments: str) -> str:
-            identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-            command = ["git", *identity, *arguments]
-            return subprocess.run(
-                command, cwd=tmp_path, check=True, capture_output=True, text=True
-            ).stdout.strip()
+    def test_clean_and_changed(self, repository: Path) -> None:
+        assert git_commit() == head_of(repository)
+        (repository / "code" / "a").write_text("2")
+        assert git_commit() == head_of(repository) + "-dirty"
 
-        git("init", "--quiet")
-        (tmp_path / "a").write_text("1")
-        git("add", "a")
-        git("-c", "commit.gpgsign=false", "commit", "--quiet", "-m", "one")
-        monkeypatch.chdir(tmp_path)
-        head = git("rev-parse", "HEAD")
-        assert git_commit() == head[:12]
-        (tmp_path / "a").write_text("2")
-        assert git_commit() == head[:12] + "-dirty"
+    def test_files_git_does_not_know_are_no_change(self, repository: Path) -> None:
+        (repository / "new").write_text("1")
+        assert git_commit() == head_of(repository)
+
+    def test_what_a_run_writes_is_no_change(
+        self, repository: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        elsewhere = tmp_path_factory.mktemp("outside")
+        (repository / "[results]" / "table.md").write_text("2")
+        assert git_commit() == head_of(repository) + "-dirty"
+        assert git_commit([Path("[results]"), elsewhere]) == head_of(repository)
+        (repository / "code" / "a").write_text("2")
+        assert git_commit([Path("[results]")]) == head_of(repository) + "-dirty"
+
+    def test_results_beside_the_code_hide_nothing(self, repository: Path) -> None:
+        (repository / "code" / "a").write_text("2")
+        assert git_commit([repository]) == head_of(repository) + "-dirty"
+
+
+def run_git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def head_of(folder: Path) -> str:
+    return run_git(folder, "rev-parse", "HEAD")[:12]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One commit of code and of results; it is the current folder."""
+    run_git(tmp_path, "init", "--quiet")
+    for name in ("code/a", "[results]/table.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    run_git(tmp_path, "add", "-A")
+    run_git(tmp_path, "commit", "--quiet", "-m", "one")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -99,19 +99,35 @@ def hardware() -> dict[str, str | int]:
     return facts
 
 
-def git_commit() -> str | None:
-    """The commit of the repository that the current folder is in, or None outside of one."""
+def git_commit(written: Iterable[Path] = ()) -> str | None:
+    """The commit of the repository that the current folder is in, or None outside of one.
+
+    It ends in `-dirty` where a tracked file differs from the commit.
+
+    Args:
+        written: Folders that the run itself writes results to. What changed there does not count:
+            it is not what the run was started from.
+    """
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        commit = _git("describe", "--always", "--abbrev=12")
+        top = Path(_git("rev-parse", "--show-toplevel")).resolve()
+        folders = [folder.resolve() for folder in written]
+        besides = [
+            f":(top,exclude,literal){folder.relative_to(top).as_posix()}"
+            for folder in folders
+            if folder != top and folder.is_relative_to(top)
+        ]
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *besides)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    answer = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, timeout=5, check=True
+    )
+    return answer.stdout.strip()
 
 
 def _processor_name() -> str:

@@ -193,10 +193,11 @@ def test_a_failure_is_recorded_and_retried_and_does_not_stop_others(
     document = write_experiment(tmp_path)
     real = compare_module.run_cell
 
-    def broken(cell: Any, bench: Any) -> CellRecord:
+    def broken(cell: Any, bench: Any, written: tuple[Path, ...]) -> CellRecord:
+        assert set(written) == {Path(document["output"])}
         if cell.method.name == "lora" and cell.seed == 0:
             raise RuntimeError("out of luck")
-        return real(cell, bench)
+        return real(cell, bench, written)
 
     monkeypatch.setattr(compare_module, "run_cell", broken)
     said: list[str] = []

@@ -141,7 +141,7 @@ def _is_over(board: Board, cell: Cell) -> bool:
 def _run_and_record(board: Board, cell: Cell, bench: Bench) -> None:
     failed = board.failure_path(cell)
     try:
-        run_cell(cell, bench).save(board.path(cell))
+        run_cell(cell, bench, board.config.folders).save(board.path(cell))
         failed.unlink(missing_ok=True)
     except Exception as error:
         # one cell's fault is not the others'; it is recorded and makes the command exit with 1

@@ -135,6 +135,11 @@ class ExperimentConfig(Section):
         return Path(self.workspace or self.output)
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """All that the experiment writes to."""
+        return (Path(self.output), self.runs_folder)
+
+    @property
     def reference_label(self) -> str:
         """The label that the others are compared with."""
         labels = [entry.label for entry in self.make_methods()]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,16 @@ DATA_BATCHES = 8
 """Batches for initialisations that look at data (EVA, LoRA-GA), where no profile setting says."""
 
 
-def run_cell(cell: Cell, bench: Bench) -> CellRecord:
+def run_cell(cell: Cell, bench: Bench, written: tuple[Path, ...] = ()) -> CellRecord:
     """Carry out one cell.
 
     The seed draws the head, the adapters, dropout and the order of the data, each from a state of
     its own, so that what one method draws does not move what another sees.
+
+    Args:
+        cell: What to run.
+        bench: Its model and data.
+        written: Folders of the experiment, whose changes are none of the code's.
 
     Raises:
         RankwiseError: The method, the model or the data do not fit.
@@ -70,7 +76,7 @@ def run_cell(cell: Cell, bench: Bench) -> CellRecord:
         rows=loaded.rows,
         notes=adapted.driver.notes(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        **_place(),
+        **_place(written),
     )
 
 
@@ -98,9 +104,9 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 
 @cache
-def _place() -> dict[str, Any]:
+def _place(written: tuple[Path, ...]) -> dict[str, Any]:
     """Where this process runs; asked once."""
-    return {"commit": git_commit(), "versions": versions(), "hardware": hardware()}
+    return {"commit": git_commit(written), "versions": versions(), "hardware": hardware()}
 
 
 def _adapt(cell: Cell, bench: Bench, profile: GradientProfile | None) -> tuple[Adapted, Job]:

@@ -156,7 +156,7 @@ def train(
         config=config.model_dump(mode="json"),
         versions=versions(),
         hardware=hardware(),
-        commit=git_commit(),
+        commit=git_commit([output]),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     events = dynamic.ranks.events if dynamic is not None else None
