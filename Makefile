@@ -11,6 +11,9 @@ PIP_VERSION := 26.3
 # Twice quiet: errors still show, a line for every index that lacks a package does not.
 PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt
 
+# A worker for each core, but no more than four: each loads torch and compiles.
+PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test kills conformance peft-newest bench bench-quick check lint format types imports clean
 
@@ -23,7 +26,7 @@ demo: .venv/.demo-stamp  ## Fine-tune a small real model with RaLoRA and with Lo
 check: lint types imports test kills conformance  ## What CI runs.
 
 test: .venv/.dev-stamp  ## Run the test suite.
-	$(PY) -m pytest
+	$(PYTEST)
 
 kills: .venv/.dev-stamp  ## Kill a training run 40 times, in steps, events and saves; it must end as if it never was.
 	RANKWISE_KILLS=40 $(PY) -m pytest -s tests/dynamic/test_killed.py
@@ -55,7 +58,7 @@ imports: .venv/.dev-stamp  ## Check that imports point one way (pyproject.toml, 
 	.venv/bin/lint-imports
 
 clean:  ## Remove the environment, caches and builds; keeps runs/.
-	rm -rf .venv build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.base-stamp: pyproject.toml constraints.txt

@@ -99,11 +99,17 @@ def run_tests(folder: Path, *options: str, quiet: bool = False) -> Outcome:
     path = [str(ROOT / "src"), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "pytest", *TEST_FILES, "-c", "pytest.ini"]
     command += ["-p", "conformance_plugin", "-p", "no:cacheprovider", "--junit-xml", str(report)]
+    command += ["--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal"]
     command += ["-q", "--no-header", "--disable-warnings", "--tb=short", *options]
     process = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        env=os.environ
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # the workers have the cores
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        },
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT,
         text=True,
