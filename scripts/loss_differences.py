@@ -70,11 +70,11 @@ def main() -> None:
     parser.add_argument("experiment", type=Path)
     parser.add_argument("task")
     parser.add_argument("ranks", type=int, nargs="+", help="the budgets, as ranks of LoRA")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", help="the experiment's if none are named")
     parser.add_argument("--scale", choices=("full", "small"), default="full")
     given = parser.parse_args()
     config = load_experiment(given.experiment, scale=given.scale)
-    runs = finished_runs(Board(config), given.task, given.ranks, given.seeds)
+    runs = finished_runs(Board(config), given.task, given.ranks, given.seeds or config.seeds)
     if config.reference_label not in runs:
         parser.error(f"{config.reference_label} has no record of every seed and budget there")
     reference = runs[config.reference_label]
