@@ -214,6 +214,50 @@ def test_a_search_goes_on_beyond_its_grid(
     assert board.total() == len(cells) == 2 * 3 * (2 * len(searched) + len(SEEDS))
 
 
+@pytest.mark.parametrize(
+    ("best", "selection", "searched", "chosen"),
+    [
+        (1.7e-2, {"refine": 1}, [1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1], 1e-2),
+        (3e-2, {"refine": 1}, [1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1], 3.16e-2),
+        (1.7e-2, {"refine": 2}, [1e-3, 3.16e-3, 5.62e-3, 1e-2, 1.78e-2, 3.16e-2, 1e-1], 1.78e-2),
+        (1e-4, {"refine": 1}, [1e-3, 3.16e-3, 1e-2, 1e-1], 1e-3),  # one neighbour only
+        (3e-4, {"refine": 1, "extend": 1}, [1e-4, 3.16e-4, 1e-3, 1e-2, 1e-1], 3.16e-4),
+        (8.0, {"refine": 1, "extend": 3}, [1e-3, 1e-2, 1e-1, 3.16e-1, 1.0, 3.16, 1e1], 3.16),
+    ],
+)
+def test_a_search_is_refined_around_its_best_rate(
+    tmp_path: Path, best: float, selection: dict[str, Any], searched: list[float], chosen: float
+) -> None:
+    def value(cell: Cell) -> float | None:
+        assert cell.learning_rate is not None
+        if cell.phase == "final":
+            return 1.0
+        return None if cell.learning_rate > 5 else abs(math.log(cell.learning_rate / best))
+
+    selection = selection | {"seeds": [100, 101]}
+    board = _board(tmp_path, value, methods=["lora"], selection=selection)
+    row = _row(make_results(board), "lora")
+    assert list(map(float, row.rates)) == searched
+    assert row.learning_rate == chosen
+    assert row.at_edge == (chosen == 1e-3)
+    cells = list(board.cells())
+    assert {cell.learning_rate for cell in cells if cell.phase == "final"} == {chosen}
+    assert board.total() == len(cells) == 2 * 3 * (2 * len(searched) + len(SEEDS))
+
+
+def test_a_search_that_is_not_over_is_not_refined(tmp_path: Path) -> None:
+    def value(cell: Cell) -> float | None:
+        assert cell.learning_rate is not None
+        return abs(math.log(cell.learning_rate / 1e-2))
+
+    selection = {"refine": 1, "seeds": [100]}
+    board = _board(tmp_path, value, methods=["lora"], selection=selection)
+    first = next(board.cells())
+    board.path(first).unlink()
+    same = [c for c in Board(board.config).cells() if (c.task, c.rank) == (first.task, first.rank)]
+    assert [cell.learning_rate for cell in same] == [1e-3, 1e-2, 1e-1]  # and no compared run
+
+
 def test_seeds_that_diverge_are_named_and_left_out_of_the_mean(tmp_path: Path) -> None:
     def value(cell: Cell) -> float | None:
         broken = cell.method.name == "water-fill" and cell.phase == "final" and cell.seed == 2

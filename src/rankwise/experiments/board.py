@@ -67,24 +67,35 @@ class Board:
         return FailureRecord.load(path) if path.is_file() else None
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates of the search, ascending: the grid, and what was needed beyond it.
+        """The learning rates of the search, ascending: the grid, and what was needed around it.
 
         While the best is at an edge, the next one on that side follows, in the ratio of the two
-        outermost; `selection.extend` of them at most.
+        outermost; `selection.extend` of them at most. Then, `selection.refine` times, come the
+        geometric means of the best and its neighbours.
         """
         rates = group.grid
         if len(rates) < 2:
             return rates
         for _ in range(group.search_extend):
-            scores, complete = self._scores(group, rates)
-            best = _best(group, scores) if complete else None
+            best = self._best(group, rates)
             if best == rates[0]:
                 rates = [_beyond(rates[1], best), *rates]
             elif best == rates[-1]:
                 rates = [*rates, _beyond(rates[-2], best)]
             else:
                 break
+        for _ in range(group.search_refine):
+            best = self._best(group, rates)
+            if best is None:
+                break
+            around = rates[max(rates.index(best) - 1, 0) : rates.index(best) + 2]
+            rates = sorted({*rates, *map(_between, around, around[1:])})
         return rates
+
+    def _best(self, group: Group, rates: list[float]) -> float | None:
+        """The best of these rates; none before all of them were tried, or where none works."""
+        scores, complete = self._scores(group, rates)
+        return _best(group, scores) if complete else None
 
     def search(self, group: Group) -> list[Cell]:
         """The cells that choose the group's learning rate, as far as they are known."""
@@ -185,3 +196,8 @@ def _best(group: Group, scores: dict[float, float]) -> float | None:
 def _beyond(inner: float, edge: float) -> float:
     """The next of a geometric sequence, to three digits."""
     return float(f"{edge * edge / inner:.3g}")
+
+
+def _between(low: float, high: float) -> float:
+    """The geometric mean, to three digits."""
+    return float(f"{math.sqrt(low * high):.3g}")

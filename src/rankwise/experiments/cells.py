@@ -98,6 +98,7 @@ class Group:
     search_seeds: tuple[int, ...]
     search_steps: int | None
     search_extend: int
+    search_refine: int
 
     @property
     def grid(self) -> list[float]:
@@ -160,6 +161,7 @@ def make_groups(config: ExperimentConfig) -> list[Group]:
                         tuple(chosen.seeds),
                         chosen.steps,
                         chosen.extend,
+                        chosen.refine,
                     )
                 )
     return groups

@@ -63,6 +63,12 @@ class SelectionSettings(Section):
         ge=0,
         description="how many more rates, while the best is at an edge",
     )
+    refine: int = Field(
+        default=0,
+        ge=0,
+        le=4,
+        description="how often the rates halfway to the best one's neighbours are tried too",
+    )
 
 
 class ReferenceSettings(Section):
