@@ -41,11 +41,12 @@ _CHECKPOINTING = (
 
 @dataclass(frozen=True)
 class Curves:
-    """What training left beside the weights."""
+    """What training left beside the weights; seconds of `evaluate`, `train`, and `track` if any."""
 
     train_loss: list[TrainLoss]
     held_out: list[HeldOutLoss]
     tokens: int
+    seconds: dict[str, float]
     analysis: dict[str, Any] | None
 
 
@@ -54,11 +55,10 @@ def fit(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: TokenData,
-    seconds: dict[str, float],
     say: Notify,
     *callbacks: RankCallback | GradientTracker | None,
 ) -> Curves:
-    """Train and evaluate; seconds are added under `evaluate`, `train` and `track`."""
+    """Train and evaluate."""
     settings = config.training
     steps = settings.steps or _steps(settings, len(data.train))
     loader = data.held_out_loader(settings.evaluation_batch_size)
@@ -87,23 +87,30 @@ def fit(
             trainer.train()
         finally:
             unfuse_lora_(model)
-    seconds["evaluate"] = callback.seconds
-    seconds["train"] = time.perf_counter() - started - callback.seconds
+    seconds = {"evaluate": callback.seconds}
     for each in callbacks:
         if isinstance(each, GradientTracker):
             seconds["track"] = each.seconds
-            seconds["train"] -= each.seconds
-    losses = [
+    seconds["train"] = time.perf_counter() - started - sum(seconds.values())
+    document = None if analysis is None else _document(analysis, say)
+    tokens = int(trainer.state.num_input_tokens_seen)
+    return Curves(_train_loss(trainer), callback.curve, tokens, seconds, document)
+
+
+def _train_loss(trainer: SFTTrainer) -> list[TrainLoss]:
+    return [
         TrainLoss(step=int(entry["step"]), loss=float(entry["loss"]))
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    document = None
-    if analysis is not None:
-        document, share = analysis.document(), analysis.factorised_share()
-        if share is not None:
-            say(f"{share:.1%} of LR-LoRA's training passes took the factorised path")
-    return Curves(losses, callback.curve, int(trainer.state.num_input_tokens_seen), document)
+
+
+def _document(analysis: AnalysisCallback, say: Notify) -> dict[str, Any]:
+    """What was recorded of the adapters; how they computed is said too."""
+    share = analysis.factorised_share()
+    if share is not None:
+        say(f"{share:.1%} of LR-LoRA's training passes took the factorised path")
+    return analysis.document()
 
 
 def _analysis(config: RunConfig, model: nn.Module, steps: int) -> AnalysisCallback | None:

@@ -45,7 +45,7 @@ from rankwise.run_files import ANALYSIS_FILE, TRACKING_FILE, Tracking, save_run_
 from rankwise.targets import find_targets
 from rankwise.training.config import FULL, RunConfig
 from rankwise.training.data import TokenData, load_token_data
-from rankwise.training.fit import fit
+from rankwise.training.fit import Curves, fit
 from rankwise.training.tracking import GradientTracker, tracked_modules
 
 logger = logging.getLogger(__name__)
@@ -111,59 +111,83 @@ def train(
     set_seed(config.seed)
     model, tokenizer = load_model(config.model, config.dtype)
     data = load_token_data(config.data, tokenizer, seed=config.seed)
-    seconds: dict[str, float] = {}
-    given = profile
-    plan: RankPlan | None = None
-    if config.is_full:
-        profile = None
-    else:
-        plan, profile = make_plan(config, model, data, profile, say)
-        if kind := config.adapter.get("kind"):
-            plan = replace(plan, adapter=kind)
-    # a profile that was given cost this run nothing
-    made = profile if profile is not given else None
-    seconds["profile"] = made.provenance.seconds if made else 0.0
-    fingerprint = model_fingerprint(model)
-    name = model_name(model)
+    name, fingerprint = model_name(model), model_fingerprint(model)  # of the base
+    plan, used = _planned(config, model, data, profile, say)
     tracker = _tracker(config, model)
     set_seed(config.seed)  # the adapters' draw must not depend on whether a profile was made
     adapted = _trainable(model, plan, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    method = FULL if plan is None else plan.method
-    if kind := config.adapter.get("kind"):
-        method = f"{method}, {kind}"
+    method = _method_name(config, plan)
     say(f"training {trainable:,} parameters with {method}")
     dynamic = None if plan is None else _dynamic(config, plan)
-    curves = fit(config, adapted, tokenizer, data, seconds, say, dynamic, tracker)
+    curves = fit(config, adapted, tokenizer, data, say, dynamic, tracker)
     if dynamic is not None:
         plan = dynamic.ranks.plan
         trainable = plan.parameters
+    # a profile that was given cost this run nothing
+    profiled = used.provenance.seconds if used is not None and used is not profile else 0.0
     modules = {} if plan is None else plan.modules
     record = RunRecord(
         method=method,
         model=name,
         model_fingerprint=fingerprint,
-        seed=config.seed,
         trainable_parameters=trainable,
         ranks={module: m.rank for module, m in modules.items()},
         blocks={module: m.blocks for module, m in modules.items()},
-        train_loss=curves.train_loss,
-        held_out=curves.held_out,
-        seconds={key: round(value, 3) for key, value in seconds.items()},
-        peak_memory_mib=peak_memory_mib(),
-        train_tokens=curves.tokens,
-        data=_describe_data(data),
-        config=config.model_dump(mode="json"),
-        versions=versions(),
-        hardware=hardware(),
-        commit=git_commit([output]),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        **_measured(curves, profiled),
+        **_circumstances(config, data),
     )
     events = dynamic.ranks.events if dynamic is not None else None
     tracking = None if tracker is None else tracker.tracking
-    run = TrainingRun(record, plan, profile, adapted, events, tracking, curves.analysis)
+    run = TrainingRun(record, plan, used, adapted, events, tracking, curves.analysis)
     _save(run, tokenizer, output)
     return run
+
+
+def _planned(
+    config: RunConfig,
+    model: nn.Module,
+    data: TokenData,
+    profile: GradientProfile | None,
+    say: Notify,
+) -> tuple[RankPlan | None, GradientProfile | None]:
+    """Plan, of the configured adapter, and profile; neither where all weights are trained."""
+    if config.is_full:
+        return None, None
+    plan, used = make_plan(config, model, data, profile, say)
+    kind = config.adapter.get("kind")
+    return (replace(plan, adapter=kind) if kind else plan), used
+
+
+def _method_name(config: RunConfig, plan: RankPlan | None) -> str:
+    name = FULL if plan is None else plan.method
+    kind = config.adapter.get("kind")
+    return f"{name}, {kind}" if kind else name
+
+
+def _measured(curves: Curves, profiled: float) -> dict[str, Any]:
+    """The record's fields that training leaves."""
+    seconds = {"profile": profiled} | curves.seconds
+    return {
+        "train_loss": curves.train_loss,
+        "held_out": curves.held_out,
+        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "peak_memory_mib": peak_memory_mib(),
+        "train_tokens": curves.tokens,
+    }
+
+
+def _circumstances(config: RunConfig, data: TokenData) -> dict[str, Any]:
+    """The record's fields that say what was run, on what, and when."""
+    return {
+        "seed": config.seed,
+        "data": _describe_data(data),
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "commit": git_commit([Path(config.output)]),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
