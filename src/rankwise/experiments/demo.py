@@ -47,7 +47,7 @@ class DemoSettings:
     model: str | None = None
     data: str | None = None
     held_out: str | None = None
-    steps: int = 20
+    steps: int = 16
     batch_size: int = 4
     max_length: int = 128
     batches: int = 8
@@ -156,7 +156,7 @@ def _config(
                 "steps": settings.steps,
                 "batch_size": settings.batch_size,
                 "learning_rate": settings.learning_rate,
-                "evaluate_every": max(1, settings.steps // 4),
+                "evaluate_every": max(1, settings.steps // 2),
                 "log_every": 1,
             },
         },
