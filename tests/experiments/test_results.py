@@ -93,6 +93,18 @@ def _record(cell: Cell, value: float | None) -> CellRecord:
     )
 
 
+def _distance_to(best: float) -> Value:
+    """A search scores its rate's distance to the best one; rates over 5 diverge."""
+
+    def value(cell: Cell) -> float | None:
+        assert cell.learning_rate is not None
+        if cell.phase == "final":
+            return 1.0
+        return None if cell.learning_rate > 5 else abs(math.log(cell.learning_rate / best))
+
+    return value
+
+
 def _board(folder: Path, value: Value = _loss, **changes: Any) -> Board:
     """A board whose records are written until no further cell comes up."""
     board = Board(make_experiment(_document(folder, **changes)))
@@ -198,14 +210,8 @@ def test_a_best_rate_at_the_edge_is_marked(tmp_path: Path) -> None:
 def test_a_search_goes_on_beyond_its_grid(
     tmp_path: Path, best: float, extend: int, searched: list[float], chosen: float, at_edge: bool
 ) -> None:
-    def value(cell: Cell) -> float | None:
-        assert cell.learning_rate is not None
-        if cell.phase == "final":
-            return 1.0
-        return None if cell.learning_rate > 5 else abs(math.log(cell.learning_rate / best))
-
     selection = {"extend": extend, "seeds": [100, 101]}
-    board = _board(tmp_path, value, methods=["lora"], selection=selection)
+    board = _board(tmp_path, _distance_to(best), methods=["lora"], selection=selection)
     row = _row(make_results(board), "lora")
     assert list(map(float, row.rates)) == searched
     assert (row.learning_rate, row.at_edge) == (chosen, at_edge)
@@ -228,14 +234,8 @@ def test_a_search_goes_on_beyond_its_grid(
 def test_a_search_is_refined_around_its_best_rate(
     tmp_path: Path, best: float, selection: dict[str, Any], searched: list[float], chosen: float
 ) -> None:
-    def value(cell: Cell) -> float | None:
-        assert cell.learning_rate is not None
-        if cell.phase == "final":
-            return 1.0
-        return None if cell.learning_rate > 5 else abs(math.log(cell.learning_rate / best))
-
     selection = selection | {"seeds": [100, 101]}
-    board = _board(tmp_path, value, methods=["lora"], selection=selection)
+    board = _board(tmp_path, _distance_to(best), methods=["lora"], selection=selection)
     row = _row(make_results(board), "lora")
     assert list(map(float, row.rates)) == searched
     assert row.learning_rate == chosen
@@ -246,12 +246,8 @@ def test_a_search_is_refined_around_its_best_rate(
 
 
 def test_a_search_that_is_not_over_is_not_refined(tmp_path: Path) -> None:
-    def value(cell: Cell) -> float | None:
-        assert cell.learning_rate is not None
-        return abs(math.log(cell.learning_rate / 1e-2))
-
     selection = {"refine": 1, "seeds": [100]}
-    board = _board(tmp_path, value, methods=["lora"], selection=selection)
+    board = _board(tmp_path, _distance_to(1e-2), methods=["lora"], selection=selection)
     first = next(board.cells())
     board.path(first).unlink()
     same = [c for c in Board(board.config).cells() if (c.task, c.rank) == (first.task, first.rank)]
