@@ -15,7 +15,7 @@ PIP_INSTALL := $(PY) -m pip install -qq --constraint constraints.txt --build-con
 PYTEST := $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # glibc gives large tensors back to the system at once and faults them in again, every step; in a virtual
-# machine that was a fifth of the demo's training time.
+# machine that was 13 and 20 % of the demo's two training times (one run each way).
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
