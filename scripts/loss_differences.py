@@ -2,6 +2,7 @@
 
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 4 --seeds 0 1 2
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 4
+    python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 --with selection.extend=0
 
 Of one task, paired over the seeds, with 95 % intervals: the test loss, the median over the test
 problems (where all records have it), and the loss on the validation part, which no single problem
@@ -72,8 +73,9 @@ def main() -> None:
     parser.add_argument("ranks", type=int, nargs="+", help="the budgets, as ranks of LoRA")
     parser.add_argument("--seeds", type=int, nargs="+", help="the experiment's if none are named")
     parser.add_argument("--scale", choices=("full", "small"), default="full")
+    parser.add_argument("--with", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     given = parser.parse_args()
-    config = load_experiment(given.experiment, scale=given.scale)
+    config = load_experiment(given.experiment, given.overrides, scale=given.scale)
     runs = finished_runs(Board(config), given.task, given.ranks, given.seeds or config.seeds)
     if config.reference_label not in runs:
         parser.error(f"{config.reference_label} has no record of every seed and budget there")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rankwise import profile_gradients
+from rankwise.adapters.block_diagonal import RaLoraLinear
 from rankwise.errors import ConfigError
 from rankwise.experiments.contestants import Planned
 from rankwise.experiments.loop import Loop
@@ -91,6 +92,19 @@ def test_planned_sizes_count_the_functions_of_lr_lora() -> None:
     assert adapted.size is not None
     ranks = sum(job.targets[n].rank_cost * r for n, r in adapted.size.values.items())
     assert adapted.size.parameters == ranks + 2 * 5 * len(adapted.size.values)
+
+
+@pytest.mark.parametrize("method", ["ralora", "ralora-pro", "water-fill"])
+def test_planned_blocks_are_those_of_the_adapters(method: str) -> None:
+    adapted, _ = _adapt(method)
+    assert adapted.size is not None
+    attached = {
+        name.removeprefix("base_model.model."): module.blocks["default"]
+        for name, module in adapted.model.named_modules()
+        if isinstance(module, RaLoraLinear)
+    }
+    assert adapted.size.blocks == attached
+    assert bool(attached) == (method != "water-fill")
 
 
 def test_dynamic_ranks_move_within_the_budget_and_are_compacted() -> None:

@@ -148,6 +148,23 @@ def test_rows_hold_mean_interval_and_tests(results: Results) -> None:
     assert row.peak_memory_mib == 104.0
 
 
+def test_ranks_and_blocks_are_listed_where_modules_differ(tmp_path: Path) -> None:
+    board = _board(tmp_path)
+    for path in board.folder.glob("one--water-fill--r8--*seed[01]*.json"):
+        planned = {"ranks": {"x": 4, "y": 9}, "blocks": {"x": 2, "y": 32}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | planned))
+    results = make_results(Board(board.config))
+    ranks, blocks = (getattr(_row(results, "water-fill"), name) for name in ("ranks", "blocks"))
+    # two seeds of five have two modules, the others one of rank 8
+    assert (ranks.mean, ranks.smallest, ranks.largest) == (pytest.approx(50 / 7), 4, 9)
+    assert (blocks.mean, blocks.smallest, blocks.largest) == (17, 2, 32)
+    text = markdown(results)
+    assert "## Ranks and blocks over the modules: one, r = 8\n" in text
+    assert "| water-fill | 7.1 (4 to 9) | 17.0 (2 to 32) |" in text
+    assert "modules: one, r = 4" not in text  # equal ranks, no blocks
+    assert _row(results, "lora").blocks is None
+
+
 def test_what_is_not_matched_or_not_available_is_said(results: Results) -> None:
     assert _row(results, "ia3").matched is False
     assert _row(results, "nola").status.startswith("not available")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -81,6 +81,7 @@ class CellRecord:
             and AdaLoRA's spare ranks included.
         head_parameters: Of heads that are trained whole.
         ranks: Size of each adapted module, at the end.
+        blocks: Diagonal blocks of each module, where a profile decided them and there are any.
         validation: Metrics on the validation part at each evaluation; the last is after training.
         test: Metrics on the test part after training; None in a search, and where training
             diverged.
@@ -138,6 +139,7 @@ class CellRecord:
     versions: dict[str, str]
     hardware: dict[str, str | int]
     finished: str
+    blocks: dict[str, NonNegativeInt] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property

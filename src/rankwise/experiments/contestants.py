@@ -141,7 +141,10 @@ class Planned(Contestant):
         model = attach(job.model, plan, adapter=self.adapter, **options)
         parameters = plan.parameters + self._extra(len(plan.modules))
         ranks = {name: module.rank for name, module in plan.modules.items()}
-        adapted = Adapted(model, Size(ranks, parameters, job.budget))
+        blocks = {name: module.blocks for name, module in plan.modules.items()}
+        if max(blocks.values()) == 1:
+            blocks = {}
+        adapted = Adapted(model, Size(ranks, parameters, job.budget, blocks))
         if self.adapter == "lr-lora" or plan.adapter == "lr-lora":
             return replace(adapted, make_optimizer=lr_lora_optimizer())
         if self.dynamic is not None:

@@ -67,6 +67,7 @@ def markdown(results: Results) -> str:
         _pooled_section(results)
         + _rank_section(results)
         + _trade_section(results)
+        + _plan_section(results)
         + _rate_section(results)
     )
     return "\n".join(lines).rstrip() + "\n"
@@ -225,6 +226,21 @@ def _rate_section(results: Results) -> list[str]:
         others = [name for name in served if name != search]
         if others:
             lines += ["", f"The same rates serve {'; '.join(others)}."]
+    return lines
+
+
+def _plan_section(results: Results) -> list[str]:
+    """Appendix: ranks and blocks over modules and seeds, of the methods whose modules differ."""
+    lines: list[str] = []
+    for task, rank in _tables(results):
+        planned = [
+            [row.label, str(row.ranks), "" if row.blocks is None else str(row.blocks)]
+            for row in _rows_of(results, task, rank)
+            if row.ranks and (row.blocks or row.ranks.smallest < row.ranks.largest)
+        ]
+        if planned:
+            lines += ["", f"## Ranks and blocks over the modules: {task}, r = {rank}", ""]
+            lines.append(markdown_table(["method", "ranks, mean (range)", "blocks"], planned))
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -11,6 +11,26 @@ from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.cells import Group
 from rankwise.experiments.config import TaskSpec
 from rankwise.experiments.statistics import Comparison, Summary, summarise
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and extremes of a whole number over modules and seeds."""
+
+    mean: float
+    smallest: int
+    largest: int
+
+    @classmethod
+    def of(cls, found: Iterable[Mapping[str, int]]) -> Spread | None:
+        """Of module -> number, once a seed; None without any."""
+        values = [value for modules in found for value in modules.values()]
+        return cls(fmean(values), min(values), max(values)) if values else None
+
+    def __str__(self) -> str:
+        if self.smallest == self.largest:
+            return str(self.smallest)
+        return f"{self.mean:.1f} ({self.smallest} to {self.largest})"
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,8 @@ class Row:
         parameters: Trainable parameters of the adapters, the largest of the seeds'.
         matched: Whether all seeds lie within 2 % of the budget; None where no budget applies.
         trainable: What the optimizer updates, heads not counted.
+        ranks: Over the modules of all seeds, or whatever unit the method's size has.
+        blocks: Likewise, where a profile decided them.
         learning_rate: Chosen or fixed; None while the search goes on, or where nothing is trained.
         at_edge: Whether the chosen rate is the grid's smallest or largest.
         searched_at: Task and budget of the search, which several tasks and budgets may share.
@@ -62,6 +84,8 @@ class Row:
     parameters: int | None = None
     matched: bool | None = None
     trainable: int | None = None
+    ranks: Spread | None = None
+    blocks: Spread | None = None
     learning_rate: float | None = None
     at_edge: bool = False
     searched_at: str = ""
@@ -166,6 +190,8 @@ def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
         parameters=max((size.parameters for size in sizes), default=None),
         matched=all(size.matched for size in sizes) if sizes else None,
         trainable=max(record.trainable_parameters for record in records),
+        ranks=Spread.of(record.ranks for record in records),
+        blocks=Spread.of(record.blocks for record in records),
         values=values,
         others=others,
         summary=summarise(list(values.values())) if values else None,

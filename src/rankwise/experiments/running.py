@@ -56,6 +56,7 @@ def run_cell(cell: Cell, bench: Bench, written: tuple[Path, ...] = ()) -> CellRe
         trainable_parameters=trainable,
         head_parameters=head,
         ranks={} if size is None else dict(size.values),
+        blocks={} if size is None else dict(size.blocks),
         validation=curves.validation,
         test=test,
         train_loss=curves.train_loss,

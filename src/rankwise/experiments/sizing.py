@@ -65,11 +65,13 @@ class Size:
         values: Size per module: a rank, or whatever the method's unit is.
         parameters: Trainable parameters of the adapters.
         budget: What was asked for.
+        blocks: Diagonal blocks per module, where a profile decided them.
     """
 
     values: Mapping[str, int]
     parameters: int
     budget: int
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def common(self) -> int:
