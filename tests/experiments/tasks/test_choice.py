@@ -2,9 +2,17 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+)
 
 from rankwise.errors import DataError
-from rankwise.experiments.tasks import ChoiceTask, CommonsenseTask
+from rankwise.experiments.tasks import ChoiceTask, CommonsenseTask, choice
 from rankwise.experiments.tasks.choice import candidate_likelihoods, question_and_options
 from rankwise.experiments.tasks.commonsense import COMMONSENSE
 from rankwise.profiling.loss import IGNORED_LABEL
@@ -73,23 +81,10 @@ class TestChoice:
             batch = data.collate([candidate])
             labelled = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
             whole.append(-float(model(**batch).loss.detach()) * labelled)
-        found = candidate_likelihoods(model, row["candidates"])
+        (found,) = candidate_likelihoods(model, [row["candidates"]])
         expected = torch.tensor(whole)
         torch.testing.assert_close(found - found[0], expected - expected[0], rtol=1e-4, atol=1e-4)
         assert float((expected - expected[0]).abs().max()) > 0.01
-
-    def test_answers_of_several_lengths(self, task):
-        model = task.load_model().eval()
-        rows = [
-            {"input_ids": [5, 6, *more], "labels": [IGNORED_LABEL] * 2 + more}
-            for more in ([7], [8, 9, 10], [8, 11])
-        ]
-        found = candidate_likelihoods(model, rows)
-        for row, likelihood in zip(rows, found, strict=True):
-            ids = torch.tensor([row["input_ids"]])
-            log_p = model(ids).logits[0].detach().log_softmax(-1)
-            steps = [float(log_p[i - 1, ids[0, i]]) for i in range(2, ids.shape[1])]
-            assert float(likelihood) == pytest.approx(sum(steps), abs=1e-4)
 
     def test_a_long_question_is_cut_alike_for_all(self, folder, tmp_path):
         rows = [
@@ -108,6 +103,93 @@ class TestChoice:
         assert len(second["input_ids"]) == 64 > len(first["input_ids"])
         with pytest.raises(DataError, match="max_length=8"):
             ChoiceTask(**options, max_length=8).load()
+
+
+def _candidates(prompt, answers):
+    return [
+        {"input_ids": [*prompt, *answer], "labels": [IGNORED_LABEL] * len(prompt) + answer}
+        for answer in answers
+    ]
+
+
+QUESTIONS = [
+    _candidates([5, 6], [[7], [8, 9, 10], [8, 11]]),
+    _candidates([12, 13, 14, 15, 16, 17, 18], [[19], [20]]),
+    _candidates([21, 22, 23, 24], [[25, 26, 27, 28, 29], [25, 26, 30], [31, 32], [33]]),
+]
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=32),
+    "gpt2": GPT2Config(**SMALL),
+    "opt": OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, pad_token_id=1),
+    "bloom": BloomConfig(**SMALL),  # ALiBi: no positions, distances by the mask
+}
+
+
+class TestSeveralQuestionsAtOnce:
+    @pytest.fixture(params=MODELS)
+    def model(self, request):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(MODELS[request.param])
+        for parameter in model.parameters():  # as initialised all answers are about as likely
+            torch.nn.init.normal_(parameter, std=0.5)
+        return model.eval()
+
+    def test_questions_and_answers_of_several_lengths(self, model):
+        found = candidate_likelihoods(model, QUESTIONS)
+        assert [len(likelihoods) for likelihoods in found] == [3, 2, 4]
+        for rows, likelihoods in zip(QUESTIONS, found, strict=True):
+            expected = torch.tensor([_log_likelihood(model, row) for row in rows])
+            expected, likelihoods = expected - expected[0], likelihoods - likelihoods[0]
+            torch.testing.assert_close(likelihoods, expected, rtol=1e-4, atol=1e-4)
+            assert float(expected.abs().max()) > 0.1
+
+    @pytest.mark.parametrize("model", ["llama"], indirect=True)
+    def test_adapted_models_are_asked_for_the_last_logits_too(self, model):
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        adapted, seen = get_peft_model(model, config).eval(), []
+        model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        found = candidate_likelihoods(adapted, QUESTIONS)
+        assert seen == [1, 4]  # of prefixes the last token, of answers all but the last
+        expected = torch.tensor([_log_likelihood(adapted, row) for row in QUESTIONS[2]])
+        torch.testing.assert_close(
+            found[2] - found[2][0], expected - expected[0], rtol=1e-4, atol=1e-4
+        )
+
+    def test_answers_of_one_token_take_a_single_pass(self, model):
+        passes = []
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        candidate_likelihoods(model, [_candidates([5, 6], [[7], [8]]), QUESTIONS[1]])
+        assert len(passes) == 1
+
+    def test_a_pass_holds_as_many_as_its_tokens_allow(self, folder, tmp_path, monkeypatch):
+        path = str(_choices(tmp_path / "rows.jsonl", 12))
+        task = ChoiceTask(model=str(folder), train=path, test=path, validation_rows=3)
+        data, model = task.load(), task.load_model()
+        sizes = []
+
+        def counted(model, questions):
+            sizes.append(len(questions))
+            return candidate_likelihoods(model, questions)
+
+        monkeypatch.setattr(choice, "candidate_likelihoods", counted)
+        monkeypatch.setattr(choice, "PASS_TOKENS", 10**4)
+        whole = task.evaluate(model, data, data.test)
+        assert sizes == [12]
+        longest = max(len(row["candidates"][0]["input_ids"]) for row in data.test)
+        monkeypatch.setattr(choice, "PASS_TOKENS", 4 * longest)
+        assert task.evaluate(model, data, data.test) == pytest.approx(whole, abs=1e-5)
+        assert len(sizes) > 2 and sum(sizes[1:]) == 12
+        monkeypatch.setattr(choice, "PASS_TOKENS", 1)
+        task.evaluate(model, data, data.test)
+        assert sizes[-12:] == [1] * 12
+
+
+def _log_likelihood(model, row):
+    ids = torch.tensor([row["input_ids"]])
+    log_p = model(input_ids=ids).logits[0].detach().log_softmax(-1)
+    places = [i for i, label in enumerate(row["labels"]) if label != IGNORED_LABEL]
+    return sum(float(log_p[i - 1, ids[0, i]]) for i in places)
 
 
 class TestAnswersAsTexts:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,6 +21,9 @@ from rankwise.experiments.tasks.commonsense import COMMONSENSE
 from rankwise.experiments.tasks.language import CompletionTask, encode_completion
 from rankwise.experiments.tasks.reading import Row, read_rows, text_of
 from rankwise.profiling.loss import IGNORED_LABEL
+
+PASS_TOKENS = 512
+"""Tokens of a pass over several questions; each has the logits of a whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,15 @@ class ChoiceTask(CompletionTask):
         training = model.training
         model.eval()
         try:
-            return [_scores_of(model, row) for row in rows]
+            return [
+                _scores_of(likelihoods, row)
+                for batch in _batches(rows)
+                for row, likelihoods in zip(
+                    batch,
+                    candidate_likelihoods(model, [row["candidates"] for row in batch]),
+                    strict=True,
+                )
+            ]
         finally:
             model.train(training)
 
@@ -181,8 +193,7 @@ def question_and_options(instruction: str, names: Sequence[str]) -> tuple[str, l
     return question, options
 
 
-def _scores_of(model: nn.Module, row: Row) -> dict[str, float]:
-    likelihoods = candidate_likelihoods(model, row["candidates"])
+def _scores_of(likelihoods: Tensor, row: Row) -> dict[str, float]:
     return {
         "accuracy": float(int(likelihoods.argmax()) == row["answer"]),
         "choice_loss": -float(likelihoods.log_softmax(0)[row["answer"]]),
@@ -193,45 +204,91 @@ def _mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
 
-def candidate_likelihoods(model: nn.Module, candidates: Sequence[Row]) -> Tensor:
-    """Log-likelihoods of candidates, less one constant that they have in common, `(n,)`.
+def _batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Questions in order, as many at once as `PASS_TOKENS` allows; one alone may have more."""
+    batch: list[Row] = []
+    longest_prefix = longest_rest = answers = 0
+    for row in rows:
+        ids = [candidate["input_ids"] for candidate in row["candidates"]]
+        prefix = _shared_length(ids)
+        rest = max(map(len, ids)) - prefix
+        longest_prefix, longest_rest = max(longest_prefix, prefix), max(longest_rest, rest)
+        answers += len(ids)
+        tokens = max((len(batch) + 1) * longest_prefix, answers * longest_rest)
+        if batch and tokens > PASS_TOKENS:
+            yield batch
+            batch, longest_prefix, longest_rest, answers = [], prefix, rest, len(ids)
+        batch.append(row)
+    if batch:
+        yield batch
 
-    The tokens that all candidates begin with are run once, and their keys and values serve all:
-    several times less work than a pass of each. What they give the labels among them is the
-    constant.
+
+def candidate_likelihoods(
+    model: nn.Module, questions: Sequence[Sequence[Row]]
+) -> tuple[Tensor, ...]:
+    """Log-likelihoods of each question's n candidates, less one constant of theirs, `(n,)`.
+
+    The tokens that all candidates of a question begin with are run once, and their keys and values
+    serve all: several times less work than a pass of each. What they give the labels among them is
+    the constant. Questions are padded at their left, so that all candidates begin at one place.
 
     Args:
         model: A causal language model in evaluation mode.
-        candidates: Rows of one question; they have at least one token in common and differ after.
+        questions: The candidates of each; they have at least one token in common and differ after.
     """
     device = next(model.parameters()).device
-    ids = [row["input_ids"] for row in candidates]
-    shared = _shared_length(ids)
-    rest = [torch.tensor(row[shared:], device=device) for row in ids]
-    labels = pad_sequence(
-        [torch.tensor(row["labels"][shared:], device=device) for row in candidates],
-        batch_first=True,
-        padding_value=IGNORED_LABEL,
-    )
+    shared = [_shared_length([row["input_ids"] for row in rows]) for rows in questions]
+    owner = torch.tensor([i for i, rows in enumerate(questions) for _ in rows], device=device)
+
+    def joined(parts: Iterable[Sequence[int]], pad: int = 0, side: str = "right") -> Tensor:
+        tensors = [torch.tensor(part, device=device) for part in parts]
+        return pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+
+    def rest(column: str) -> list[list[int]]:
+        pairs = zip(questions, shared, strict=True)
+        return [row[column][start:] for rows, start in pairs for row in rows]
+
+    labels = joined(rest("labels"), IGNORED_LABEL)
+    first = (rows[0]["input_ids"][:start] for rows, start in zip(questions, shared, strict=True))
+    mask = joined(([1] * start for start in shared), side="left")
     with torch.no_grad():
-        prefix = torch.tensor([ids[0][:shared]], device=device)
-        start = model(input_ids=prefix, use_cache=True, **_last_logits(model))
-        logits = start.logits[:, -1:].float().expand(len(ids), -1, -1)
+        start = model(
+            input_ids=joined(first, side="left"),
+            use_cache=True,
+            **_where(model, mask, mask.shape[1]),
+            **_last_logits(model),
+        )
+        logits = start.logits[:, -1:].float()[owner]
         if labels.shape[1] > 1:
             cache = start.past_key_values
-            cache.batch_repeat_interleave(len(ids))
-            inputs = pad_sequence(rest, batch_first=True)[:, :-1]
-            more = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+            cache.batch_select_indices(owner)
+            inputs = joined(rest("input_ids"))[:, :-1]
+            whole = torch.cat([mask[owner], torch.ones_like(inputs)], 1)
+            where = _where(model, whole, inputs.shape[1])
+            more = model(input_ids=inputs, past_key_values=cache, use_cache=True, **where).logits
             logits = torch.cat([logits, more.float()], 1)
     known = labels != IGNORED_LABEL
     log_p = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-    return (log_p * known).sum(1)
+    return (log_p * known).sum(1).split([len(rows) for rows in questions])
+
+
+def _where(model: nn.Module, mask: Tensor, last: int) -> dict[str, Tensor]:
+    """The mask of all tokens so far, and the places of the last ones in their rows."""
+    if not _takes(model, "position_ids"):  # what has none reads the mask
+        return {"attention_mask": mask}
+    places = (mask.cumsum(1) - 1).clamp_min(0)[:, -last:]
+    return {"attention_mask": mask, "position_ids": places}
 
 
 def _last_logits(model: nn.Module) -> dict[str, int]:
     """Asks for the last token's logits alone, of models that can be asked."""
-    parameters = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    return {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model, or the one inside PEFT's, has the argument."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return argument in inspect.signature(base.forward).parameters
 
 
 def _shared_length(ids: Sequence[Sequence[int]]) -> int:
