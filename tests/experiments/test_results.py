@@ -262,6 +262,13 @@ def test_a_search_is_refined_around_its_best_rate(
     assert board.total() == len(cells) == 2 * 3 * (2 * len(searched) + len(SEEDS))
 
 
+def test_a_search_names_what_it_serves_besides(tmp_path: Path) -> None:
+    board = _board(tmp_path, _distance_to(1e-2), methods=["lora", "full"])
+    text = markdown(make_results(board))
+    assert "The same rates serve one, r = 8 (full); one, r = 16 (full)." in text
+    assert text.count("The same rates serve") == 2  # once a task: LoRA has a search at each budget
+
+
 def test_a_search_that_is_not_over_is_not_refined(tmp_path: Path) -> None:
     selection = {"refine": 1, "seeds": [100]}
     board = _board(tmp_path, _distance_to(1e-2), methods=["lora"], selection=selection)

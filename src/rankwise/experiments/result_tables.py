@@ -222,8 +222,14 @@ def _rate_section(results: Results) -> list[str]:
         table = [[row.label, *(_score(row, rate) for rate in rates)] for row in rows]
         lines += ["", f"## Learning rates on the validation part: {search}", ""]
         lines.append(markdown_table(["method", *rates], table))
-        served = dict.fromkeys(f"{row.task}, r = {row.rank}" for row in sharing)
-        others = [name for name in served if name != search]
+        served: dict[str, list[str]] = {}
+        for row in sharing:
+            served.setdefault(f"{row.task}, r = {row.rank}", []).append(row.label)
+        others = [
+            name if len(labels) == len(rows) else f"{name} ({', '.join(labels)})"
+            for name, labels in served.items()
+            if name != search
+        ]
         if others:
             lines += ["", f"The same rates serve {'; '.join(others)}."]
     return lines
