@@ -148,6 +148,16 @@ def test_rows_hold_mean_interval_and_tests(results: Results) -> None:
     assert row.peak_memory_mib == 104.0
 
 
+def test_every_seed_is_listed_with_the_median_and_the_worst(results: Results) -> None:
+    values = list(_row(results, "lora").values.values())
+    text = markdown(results)
+    section = text.split("## Seed by seed: one, r = 8\n")[1].split("\n## ")[0]
+    cells = next(line for line in section.splitlines() if line.startswith("| lora |")).split(" | ")
+    assert section.splitlines()[1] == "| method | median | worst | 0 | 1 | 2 | 3 | 4 |"
+    assert cells[1:3] == [f"{sorted(values)[2]:.4f}", f"{max(values):.4f}"]  # a loss
+    assert cells[3:] == [*(f"{v:.4f}" for v in values[:4]), f"{values[4]:.4f} |"]
+
+
 def test_ranks_and_blocks_are_listed_where_modules_differ(tmp_path: Path) -> None:
     board = _board(tmp_path)
     for path in board.folder.glob("one--water-fill--r8--*seed[01]*.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from rankwise.artifacts import RESULTS_FILE
 from rankwise.experiments.results import TABLE_FILE, Pooled, Results
@@ -67,6 +68,7 @@ def markdown(results: Results) -> str:
         _pooled_section(results)
         + _rank_section(results)
         + _trade_section(results)
+        + _seed_section(results)
         + _plan_section(results)
         + _rate_section(results)
     )
@@ -232,6 +234,28 @@ def _rate_section(results: Results) -> list[str]:
         ]
         if others:
             lines += ["", f"The same rates serve {'; '.join(others)}."]
+    return lines
+
+
+def _seed_section(results: Results) -> list[str]:
+    """Appendix: the metric seed by seed, since one failed run can make a mean and its interval."""
+    lines: list[str] = []
+    for task, rank in _tables(results):
+        rows = [row for row in _rows_of(results, task, rank) if row.values]
+        seeds = sorted({seed for row in rows for seed in row.values}, key=int)
+        if len(seeds) < 2:
+            continue
+        worst = max if rows[0].lower_is_better else min
+        table = [
+            [
+                row.label,
+                *(f"{of(row.values.values()):.4f}" for of in (median, worst)),
+                *(f"{row.values[seed]:.4f}" if seed in row.values else "–" for seed in seeds),
+            ]
+            for row in rows
+        ]
+        lines += ["", f"## Seed by seed: {task}, r = {rank}", ""]
+        lines.append(markdown_table(["method", "median", "worst", *seeds], table))
     return lines
 
 
