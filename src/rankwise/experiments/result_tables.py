@@ -13,6 +13,7 @@ from rankwise.experiments.rows import Row
 from rankwise.experiments.statistics import Comparison, Summary
 from rankwise.experiments.trade import describe
 from rankwise.files import write_text
+from rankwise.report.views import Spread
 from rankwise.tables import make_table, markdown_table, render
 
 COLUMNS = (
@@ -264,14 +265,20 @@ def _plan_section(results: Results) -> list[str]:
     lines: list[str] = []
     for task, rank in _tables(results):
         planned = [
-            [row.label, str(row.ranks), "" if row.blocks is None else str(row.blocks)]
+            [row.label, _spread(row.ranks), "" if row.blocks is None else _spread(row.blocks)]
             for row in _rows_of(results, task, rank)
-            if row.ranks and (row.blocks or row.ranks.smallest < row.ranks.largest)
+            if row.ranks and (row.blocks or row.ranks.min < row.ranks.max)
         ]
         if planned:
             lines += ["", f"## Ranks and blocks over the modules: {task}, r = {rank}", ""]
             lines.append(markdown_table(["method", "ranks, mean (range)", "blocks"], planned))
     return lines
+
+
+def _spread(spread: Spread) -> str:
+    if spread.min == spread.max:
+        return str(spread.min)
+    return f"{spread.mean:.1f} ({spread.min} to {spread.max})"
 
 
 def _is_searched(row: Row) -> bool:

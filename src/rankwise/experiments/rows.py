@@ -11,26 +11,7 @@ from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.cells import Group
 from rankwise.experiments.config import TaskSpec
 from rankwise.experiments.statistics import Comparison, Summary, summarise
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and extremes of a whole number over modules and seeds."""
-
-    mean: float
-    smallest: int
-    largest: int
-
-    @classmethod
-    def of(cls, found: Iterable[Mapping[str, int]]) -> Spread | None:
-        """Of module -> number, once a seed; None without any."""
-        values = [value for modules in found for value in modules.values()]
-        return cls(fmean(values), min(values), max(values)) if values else None
-
-    def __str__(self) -> str:
-        if self.smallest == self.largest:
-            return str(self.smallest)
-        return f"{self.mean:.1f} ({self.smallest} to {self.largest})"
+from rankwise.report.views import Spread
 
 
 @dataclass(frozen=True)
@@ -190,8 +171,8 @@ def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
         parameters=max((size.parameters for size in sizes), default=None),
         matched=all(size.matched for size in sizes) if sizes else None,
         trainable=max(record.trainable_parameters for record in records),
-        ranks=Spread.of(record.ranks for record in records),
-        blocks=Spread.of(record.blocks for record in records),
+        ranks=_over_modules(record.ranks for record in records),
+        blocks=_over_modules(record.blocks for record in records),
         values=values,
         others=others,
         summary=summarise(list(values.values())) if values else None,
@@ -202,6 +183,12 @@ def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
         tokens=records[0].tokens,
         steps=records[0].steps,
     )
+
+
+def _over_modules(found: Iterable[Mapping[str, int]]) -> Spread | None:
+    """Of module -> number, once a seed."""
+    values = [value for modules in found for value in modules.values()]
+    return Spread.of(values) if values else None
 
 
 def _curve(metric: str, records: Sequence[CellRecord]) -> list[tuple[int, float]]:

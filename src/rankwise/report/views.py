@@ -20,7 +20,7 @@ SCHEMA_VERSION = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and extremes of one number over the modules."""
+    """Mean and extremes of one number over modules."""
 
     mean: float
     min: float
