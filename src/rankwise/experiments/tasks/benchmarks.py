@@ -1,20 +1,27 @@
-"""Standard benchmarks through lm-eval (EleutherAI's harness), such as HumanEval."""
+"""Standard benchmarks through lm-eval, such as HumanEval."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from rankwise.errors import DataError
 from rankwise.experiments.tasks.base import TaskData
+from rankwise.experiments.tasks.harness import harness_figures, known_figures
 from rankwise.experiments.tasks.language import CompletionTask
 from rankwise.experiments.tasks.reading import Row, read_rows
 
 _RUNNING_CODE = ("humaneval", "mbpp")
+_LOWER_IS_BETTER = (
+    "bits_per_byte",
+    "brier_score",
+    "byte_perplexity",
+    "perplexity",
+    "ter",
+    "word_perplexity",
+)
+"""lm-eval's metrics of which less is better; results must be readable without lm-eval."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class BenchmarkTask(CompletionTask):
     Attributes:
         test: Rows whose loss is measured as well; default: none.
         benchmarks: Names of lm-eval's tasks.
+        include_path: A folder with further task files (YAML), as lm-eval's option of that name.
         metric: The figure that counts; default: the loss on `test`.
         limit: Questions of each benchmark, for a trial; default: all.
         run_code: Let benchmarks run the code that the model writes, as HumanEval must. It is run
@@ -36,6 +44,7 @@ class BenchmarkTask(CompletionTask):
 
     test: str = ""
     benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
+    include_path: str = ""
     limit: int | None = None
     run_code: bool = False
 
@@ -46,15 +55,49 @@ class BenchmarkTask(CompletionTask):
                 f"benchmarks: {', '.join(running)} runs what the model writes, on this machine and "
                 "without a sandbox; say run_code: true if that is meant."
             )
-        if self.metric.partition("/")[0] not in self.benchmarks:
+        if not self._counts_benchmark:
             super().__post_init__()
         if not self.test and self.metric in self.metrics:
             raise DataError(f"metric={self.metric!r} needs test=, rows to measure it on.")
 
     @property
+    def _counts_benchmark(self) -> bool:
+        return self.metric.partition("/")[0] in self.benchmarks
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value of the metric is better."""
+        if not self._counts_benchmark:
+            return super().lower_is_better
+        return self.metric.partition("/")[2].partition(",")[0] in _LOWER_IS_BETTER
+
+    @property
     def search_metric(self) -> str:
         """The held-out loss."""
         return "loss"
+
+    def load(self) -> TaskData:
+        """Read, split and encode, and see whether lm-eval can run the benchmarks.
+
+        Raises:
+            DataError: As for any task; or lm-eval is not installed, lacks a benchmark or its data
+                set, or measures no such metric.
+        """
+        known = known_figures(self.benchmarks, self.include_path, run_code=self.run_code)
+        self._check_metric(known)
+        return super().load()
+
+    def _check_metric(self, known: dict[str, bool]) -> None:
+        """Of a task; a group's figures are known only once they are measured."""
+        own = [name for name in known if name.partition("/")[0] == self.metric.partition("/")[0]]
+        if own and self.metric not in own:
+            raise DataError(f"metric={self.metric!r}: measured are {', '.join(sorted(own))}.")
+        if own and known[self.metric] == self.lower_is_better:
+            raise DataError(
+                f"metric={self.metric!r}: of this one "
+                f"{'more' if known[self.metric] else 'less'} is better, which rankwise does not "
+                "know; choose another that counts."
+            )
 
     def evaluate_test(self, model: nn.Module, data: TaskData) -> dict[str, float]:
         """The benchmarks' figures, and the loss where there are test rows.
@@ -64,7 +107,12 @@ class BenchmarkTask(CompletionTask):
         """
         found = self.evaluate(model, data, data.test) if data.test else {}
         found |= harness_figures(
-            model, data.processor, self.benchmarks, limit=self.limit, run_code=self.run_code
+            model,
+            data.processor,
+            self.benchmarks,
+            self.include_path,
+            limit=self.limit,
+            run_code=self.run_code,
         )
         if self.metric not in found:
             raise DataError(f"metric={self.metric!r}: measured were {', '.join(sorted(found))}.")
@@ -74,53 +122,3 @@ class BenchmarkTask(CompletionTask):
         if self.test:
             return super()._rows()
         return read_rows(self.train, self.subset, self.train_split), []
-
-
-def harness_figures(
-    model: nn.Module,
-    tokenizer: Any,
-    benchmarks: list[str],
-    *,
-    limit: int | None = None,
-    run_code: bool = False,
-) -> dict[str, float]:
-    """What lm-eval measures of a model, as `TASK/METRIC,FILTER`; the model's mode is as before.
-
-    Raises:
-        DataError: lm-eval is not installed, or refuses.
-    """
-    try:
-        harness = importlib.import_module("lm_eval")
-        wrapper = importlib.import_module("lm_eval.models.huggingface")
-    except ImportError as error:
-        raise DataError(
-            f"benchmarks {', '.join(benchmarks)} need lm-eval ({error}); install it with "
-            "`pip install 'rankwise[benchmarks]'`."
-        ) from error
-    training = model.training
-    model.eval()
-    try:
-        results = harness.simple_evaluate(
-            model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-            tasks=benchmarks,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            confirm_run_unsafe_code=run_code,
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        remedy = "" if run_code else " If it asks to confirm unsafe code, see run_code."
-        raise DataError(f"lm-eval on {', '.join(benchmarks)}: {error}.{remedy}") from error
-    finally:
-        model.train(training)
-    return _flat(results["results"])
-
-
-def _flat(results: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
-    """Figures without their standard errors, which are of the questions, not of seeds."""
-    return {
-        f"{task}/{name}": float(value)
-        for task, figures in results.items()
-        for name, value in figures.items()
-        if isinstance(value, int | float) and "," in name and "_stderr" not in name
-    }
