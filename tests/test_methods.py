@@ -265,6 +265,10 @@ class TestOptions:
         with pytest.raises(PlanError, match=r"r=.* must be a whole number of at least 1"):
             method(r=r)
 
+    def test_a_model_is_no_profile(self) -> None:
+        with pytest.raises(PlanError, match=r"find_targets\(model\), not a LlamaForCausalLM"):
+            Lora(r=2).plan(tiny_llama())
+
     @pytest.mark.parametrize("method", METHODS.values())
     @pytest.mark.parametrize("alpha", [0, -1, True, math.nan, math.inf, "16", None])
     def test_alpha(self, method: type[Method], alpha: Any) -> None:

@@ -150,9 +150,18 @@ def captured_energy(profile: GradientProfile, ranks: Mapping[str, int]) -> float
 
 
 def shapes_of(source: GradientProfile | Mapping[str, LinearShape]) -> dict[str, LinearShape]:
-    """Shape per module, of a profile or of targets."""
+    """Shape per module, of a profile or of targets.
+
+    Raises:
+        PlanError: It is neither, such as a model.
+    """
     if isinstance(source, GradientProfile):
         return {name: module.shape for name, module in source.modules.items()}
+    if not isinstance(source, Mapping):
+        raise PlanError(
+            f"plan() takes a profile or the targets of a model, find_targets(model), not a "
+            f"{type(source).__name__}."
+        )
     return dict(source)
 
 
