@@ -265,9 +265,14 @@ class TestOptions:
         with pytest.raises(PlanError, match=r"r=.* must be a whole number of at least 1"):
             method(r=r)
 
-    def test_a_model_is_no_profile(self) -> None:
-        with pytest.raises(PlanError, match=r"find_targets\(model\), not a LlamaForCausalLM"):
-            Lora(r=2).plan(tiny_llama())
+    @pytest.mark.parametrize("method", METHODS.values())
+    @pytest.mark.parametrize("source", [tiny_llama(), find_targets(tiny_llama()), "profile", None])
+    def test_what_is_no_profile(self, method: type[Method], source: Any) -> None:
+        if not method.needs_profile and isinstance(source, Targets):
+            assert method(r=2).plan(source).modules.keys() == source.keys()
+            return
+        with pytest.raises(PlanError, match=f"plans from a profile.* {type(source).__name__}"):
+            method(r=2).plan(source)
 
     @pytest.mark.parametrize("method", METHODS.values())
     @pytest.mark.parametrize("alpha", [0, -1, True, math.nan, math.inf, "16", None])

@@ -223,6 +223,10 @@ class TestWrongPlans:
             assert torch.equal(weight, weights[name])
         assert not hasattr(model, "peft_config")
 
+    @pytest.mark.parametrize("other", [RaLoraPro(r=2), "plan.json", None])
+    def test_no_plan(self, other: Any) -> None:
+        self.refused(other, rf"a rank plan is needed, .* not a {type(other).__name__}\.")
+
     def test_a_module_the_model_lacks(self, plan: RankPlan, modules: dict[str, ModulePlan]) -> None:
         last = list(modules)[-1]
         modules[last.replace("down", "up_and_down")] = modules.pop(last)

@@ -13,7 +13,13 @@ import rankwise as rw
 from dynamic_runs import WATER, adamw, attached
 from rankwise.adapters.factors import lora_factors
 from rankwise.dynamic import DynamicRanks
-from rankwise.errors import DynamicError
+from rankwise.errors import DynamicError, PlanError
+
+
+def test_a_method_is_no_plan() -> None:
+    for refused in (lambda: rw.RankCallback(WATER), lambda: DynamicRanks(attached()[0], WATER)):
+        with pytest.raises(PlanError, match=r"a rank plan is needed, .* not a WaterFill"):
+            refused()
 
 
 def test_zero3_is_refused_by_its_marks_on_parameters() -> None:

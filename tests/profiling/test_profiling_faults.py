@@ -32,6 +32,10 @@ class TestBadInput:
         with pytest.raises(ProfileError, match=f"batches={batches}"):
             profile_gradients(tiny_llama, [token_batch([5])], batches=batches)
 
+    def test_the_name_of_a_model(self) -> None:
+        with pytest.raises(ProfileError, match=r"as from_pretrained\(\) loads it, not a str"):
+            profile_gradients("HuggingFaceTB/SmolLM2-135M", [token_batch([5])], batches=1)
+
     def test_empty_loader(self, tiny_llama: PreTrainedModel) -> None:
         with pytest.raises(ProfileError, match="no batch"):
             profile_gradients(tiny_llama, [])

@@ -13,7 +13,7 @@ from rankwise.adapters.base_fingerprint import remember_base_
 from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.errors import PlanError, nearest
-from rankwise.plan import AdapterKind, RankPlan
+from rankwise.plan import AdapterKind, RankPlan, check_is_plan
 from rankwise.provenance import model_fingerprint
 
 
@@ -94,8 +94,9 @@ def attach(
         A `PeftModel`: train it, save it, merge it as any other.
 
     Raises:
-        PlanError: The plan does not fit the model; nothing was changed.
+        PlanError: It is no plan, or does not fit the model; nothing was changed.
     """
+    check_is_plan(plan)
     plan.check_fits(model, allow_other_base=allow_other_base)
     _check_quantised(model, plan)
     if "task_type" not in options and _is_causal_lm(model):

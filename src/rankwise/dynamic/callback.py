@@ -33,7 +33,7 @@ from rankwise.dynamic.refusals import check_trainer
 from rankwise.dynamic.session import DynamicRanks, Mode
 from rankwise.errors import DynamicError
 from rankwise.methods import Method
-from rankwise.plan import RankPlan
+from rankwise.plan import RankPlan, check_is_plan
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ class RankCallback(TrainerCallback, ExportableState):
         resume_from: The checkpoint folder that `trainer.train(resume_from_checkpoint=...)` will be
             given; needed for `mode="resize"`, whose parameters must have the checkpoint's shapes
             before Trainer loads them.
+
+    Raises:
+        PlanError: `plan` is no plan.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class RankCallback(TrainerCallback, ExportableState):
         compact: bool = True,
         resume_from: str | Path | None = None,
     ) -> None:
+        check_is_plan(plan)
         self._plan = plan
         self._make = lambda model: DynamicRanks(
             model, plan, method, options, mode=mode, adapter=adapter

@@ -38,7 +38,7 @@ from rankwise.dynamic.saved import SavedRanks, digest
 from rankwise.dynamic.window import Window
 from rankwise.errors import DynamicError, PlanError, nearest
 from rankwise.methods import LoraGid, Method
-from rankwise.plan import RankPlan
+from rankwise.plan import RankPlan, check_is_plan
 from rankwise.profiling import GradientProfile
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class DynamicRanks:
         mode: Mode = "masked",
         adapter: str = "default",
     ) -> None:
+        check_is_plan(plan)
         if mode not in get_args(Mode):
             raise PlanError(f"mode={mode!r}; {nearest(str(mode), get_args(Mode))}")
         self.model = model

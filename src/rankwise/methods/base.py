@@ -56,6 +56,14 @@ class Method(ABC):
     def plan(self, profile: GradientProfile) -> RankPlan:
         """Decide each module's adapter from a profile."""
 
+    def _check_profile(self, profile: object) -> None:
+        """Refuse what is not a profile, such as a model or its targets."""
+        if not isinstance(profile, GradientProfile):
+            raise PlanError(
+                f"{self.name} plans from a profile, profile_gradients(model, batches), not from a "
+                f"{type(profile).__name__}."
+            )
+
     def _assemble(
         self,
         source: GradientProfile | Mapping[str, LinearShape],
@@ -159,7 +167,7 @@ def shapes_of(source: GradientProfile | Mapping[str, LinearShape]) -> dict[str, 
         return {name: module.shape for name, module in source.modules.items()}
     if not isinstance(source, Mapping):
         raise PlanError(
-            f"plan() takes a profile or the targets of a model, find_targets(model), not a "
+            f"lora plans from a profile or from find_targets(model), not from a "
             f"{type(source).__name__}."
         )
     return dict(source)

@@ -105,6 +105,7 @@ class Compose(BudgetedMethod, BlockMethod):
         Raises:
             PlanError: The profile lacks the statistic, or the budget is infeasible.
         """
+        self._check_profile(profile)
         costs, budget, limits = costs_of(profile), self._parameters(profile), self._limits(profile)
         if self.rule == "water-fill":
             ranks = water_filling_ranks(energies_of(profile), costs, budget, limits)

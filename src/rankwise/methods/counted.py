@@ -42,6 +42,7 @@ class RaLoraThreshold(RaLora):
         Raises:
             PlanError: r exceeds a module's smaller dimension.
         """
+        self._check_profile(profile)
         shapes = shapes_of(profile)
         check_rank_fits(self.r, shapes)
         blocks = {

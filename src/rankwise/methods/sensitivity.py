@@ -76,6 +76,7 @@ class RaLoraPro(SensitivityMethod, RaLora):
         Raises:
             PlanError: The sensitivities are unusable or the budget is infeasible.
         """
+        self._check_profile(profile)
         ranks, budget, limits = self._ranks(profile)
         blocks = blocks_by_gid(profile, ranks, self.n_max)
         return self._assemble(profile, ranks, blocks=blocks, budget=budget, limits=limits)
@@ -103,5 +104,6 @@ class LsLora(SensitivityMethod):
         Raises:
             PlanError: The sensitivities are unusable or the budget is infeasible.
         """
+        self._check_profile(profile)
         ranks, budget, limits = self._ranks(profile)
         return self._assemble(profile, ranks, budget=budget, limits=limits)

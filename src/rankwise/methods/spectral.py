@@ -49,6 +49,7 @@ class LoraGid(BudgetedMethod):
         Raises:
             PlanError: The budget does not pay for the smallest ranks.
         """
+        self._check_profile(profile)
         limits = self._limits(profile)
         if self.budget == "none":
             # a GID of 64 measured as 64.0000000001 is 64
@@ -88,6 +89,7 @@ class WaterFill(BudgetedMethod):
         Raises:
             PlanError: No rank is affordable.
         """
+        self._check_profile(profile)
         limits, budget = self._limits(profile), self._parameters(profile)
         ranks = water_filling_ranks(energies_of(profile), costs_of(profile), budget, limits)
         return self._assemble(profile, ranks, budget=budget, limits=limits)
@@ -144,6 +146,7 @@ class Gard(BudgetedMethod):
         Raises:
             PlanError: The profile holds no Gram matrices, or the budget is infeasible.
         """
+        self._check_profile(profile)
         if profile.gram is None:
             raise PlanError(
                 "gard needs the Gram matrices of the batch gradients, which this profile does not "

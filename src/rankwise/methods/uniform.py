@@ -91,6 +91,7 @@ class RaLora(BlockMethod):
         Raises:
             PlanError: r exceeds a module's smaller dimension.
         """
+        self._check_profile(profile)
         shapes = shapes_of(profile)
         check_rank_fits(self.r, shapes)
         ranks = dict.fromkeys(shapes, self.r)

@@ -279,6 +279,19 @@ def _plain(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
+def check_is_plan(value: object) -> None:
+    """Refuse what is no plan, such as a method, a profile or a path.
+
+    Raises:
+        PlanError: It is none.
+    """
+    if not isinstance(value, RankPlan):
+        raise PlanError(
+            "a rank plan is needed, which plan(profile) of a method makes or RankPlan.load(path) "
+            f"reads, not a {type(value).__name__}."
+        )
+
+
 def module_plans(
     shapes: Mapping[str, LinearShape],
     ranks: Mapping[str, int],

@@ -299,8 +299,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, whose modules have the names that a plan is to use.
 
     Raises:
-        ProfileError: It is wrapped in what hides its layers or splits its weights.
+        ProfileError: It is no model, or wrapped in what hides its layers or splits its weights.
     """
+    if not isinstance(model, nn.Module):
+        raise ProfileError(
+            f"a model is needed, as from_pretrained() loads it, not a {type(model).__name__}."
+        )
     if isinstance(model, nn.DataParallel):
         raise ProfileError(
             "DataParallel splits batches where hooks do not follow; pass model.module, on one "
