@@ -98,7 +98,7 @@ def demo(
     held_out: Annotated[
         str | None, typer.Option(help="Held-out file or hub id; default: a part of --data.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=1)] = 12,
     batch_size: Annotated[int, typer.Option(help="Sequences in a step.", min=1)] = 4,
     max_length: Annotated[int, typer.Option(help="Tokens in a sequence.", min=2)] = 128,
     batches: Annotated[int, typer.Option(help="Batches to profile.", min=1)] = 8,

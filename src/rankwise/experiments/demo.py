@@ -47,7 +47,7 @@ class DemoSettings:
     model: str | None = None
     data: str | None = None
     held_out: str | None = None
-    steps: int = 16
+    steps: int = 12
     batch_size: int = 4
     max_length: int = 128
     batches: int = 8
