@@ -47,6 +47,12 @@ metric_list: [{metric: !function code.ran, aggregation: mean, higher_is_better: 
 filter_list:
   - {name: twice, filter: [{function: take_first}]}
 """,
+    "strict": """
+output_type: generate_until
+unsafe_code: true
+doc_to_target: "{{options[0]}}"
+metric_list: [{metric: !function strict.ran, aggregation: mean, higher_is_better: true}]
+""",
     "odd": """
 output_type: generate_until
 doc_to_target: "{{options[0]}}"
@@ -58,6 +64,15 @@ import os
 
 def ran(references, predictions, **options):
     return {"allowed@1": float(os.environ.get("HF_ALLOW_CODE_EVAL") == "1")}
+"""
+STRICT = """
+import os
+
+if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":  # as HumanEval's metric, while it is loaded
+    raise ValueError("to run code, set the environment variable")
+
+def ran(references, predictions, **options):
+    return 1.0
 """
 
 
@@ -76,6 +91,7 @@ def tasks(tmp_path_factory):
     lost = COMMON.format(name="lost", rows=folder / "nowhere.jsonl") + TASKS["pick"]
     (folder / "lost.yaml").write_text(lost)
     (folder / "code.py").write_text(CODE)
+    (folder / "strict.py").write_text(STRICT)
     return str(folder)
 
 
@@ -159,6 +175,13 @@ def test_code_is_run_only_if_that_is_asked_for(options, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     task.load()
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "0"
+
+
+def test_a_metric_that_asks_while_it_is_loaded(options):
+    strict = {"benchmarks": ["strict"], "metric": "strict/ran,none"}
+    with pytest.raises(DataError, match=r"lm-eval on strict: to run code.*see run_code"):
+        BenchmarkTask(**options | strict).load()
+    BenchmarkTask(**options | strict, run_code=True).load()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def known_figures(
     for name in benchmarks:
         if name not in manager.all_tasks:
             raise DataError(f"benchmarks: lm-eval has no {name!r}; {_nearest(name, manager)}")
-    with _explained(benchmarks), _code_allowed(run_code):
+    with _explained(benchmarks, run_code), _code_allowed(run_code):
         tasks = manager.load(list(benchmarks))["tasks"]
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not run_code:
@@ -72,7 +72,7 @@ def harness_figures(
     training = model.training
     model.eval()
     try:
-        with _explained(benchmarks), _code_allowed(run_code):
+        with _explained(benchmarks, run_code), _code_allowed(run_code):
             results = harness.simple_evaluate(
                 model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),
                 tasks=list(benchmarks),
@@ -123,12 +123,13 @@ def _filters(task: Any) -> list[str]:
 
 
 @contextmanager
-def _explained(benchmarks: Sequence[str]) -> Iterator[None]:
+def _explained(benchmarks: Sequence[str], run_code: bool) -> Iterator[None]:
     """Whatever lm-eval, its tasks and their data sets refuse with, as this project's error."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, LookupError, ImportError) as error:
-        raise DataError(f"lm-eval on {', '.join(benchmarks)}: {error}") from error
+        remedy = "" if run_code else " If it asks to confirm that code may run, see run_code."
+        raise DataError(f"lm-eval on {', '.join(benchmarks)}: {error}.{remedy}") from error
 
 
 @contextmanager
