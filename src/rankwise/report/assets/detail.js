@@ -202,6 +202,8 @@ if (detail) {
     option.textContent = name;
     return option;
   }));
+  // a list that measures itself would measure every name again at each choice
+  chooser.style.width = `${Math.max(...moduleNames.map((name) => name.length)) + 4}ch`;
   chooser.addEventListener("change", () => { showModule(chooser.value); markChosen(); });
   document.getElementById("previous-module").addEventListener("click", () => stepModule(-1));
   document.getElementById("next-module").addEventListener("click", () => stepModule(1));
