@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from rankwise.report.comparison_view import ComparisonView
@@ -339,4 +339,15 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, without the words."""
-        return {"kind": "rankwise report", "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return {"kind": "rankwise report", "schema_version": SCHEMA_VERSION, **_plain(self)}
+
+
+def _plain(value: Any) -> Any:
+    """What `asdict` gives, without a deep copy of every number (1.5 of 10 s for 2,000 modules)."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(own) for own in value]
+    return value
