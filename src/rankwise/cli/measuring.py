@@ -49,6 +49,13 @@ def profile(
         str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a hub data set id.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the profile.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="More about the data, with the keys of a run file's data: subset=main "
+            "prompt_column=question completion_column=answer."
+        ),
+    ] = None,
     targets: Targets = "all-linear",
     batches: Annotated[int, typer.Option(help="Batches to average.", min=1)] = 8,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 8,
@@ -73,10 +80,14 @@ def profile(
         torchrun --nproc-per-node=2 -m rankwise.cli profile ...
     """
     from rankwise.profile_tables import check_column
+    from rankwise.training.config import parse_assignment
     from rankwise.training.profile_run import ProfileSettings, run_profile
 
     check_column(column)
-    read = {"train": data, "max_length": max_length, "packing": packing}
+    told = dict(map(parse_assignment, more or ()))
+    read = {"train": data, "max_length": max_length, "packing": packing} | {
+        key.removeprefix("data."): value for key, value in told.items()
+    }
     config = _run_config(model, out, read, targets=targets, dtype=dtype, seed=seed)
     settings = ProfileSettings(
         batches=batches,

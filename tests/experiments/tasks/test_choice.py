@@ -11,6 +11,7 @@ from transformers import (
     OPTConfig,
 )
 
+from hub_rows import HUB_ROWS
 from rankwise.errors import DataError
 from rankwise.experiments.tasks import ChoiceTask, CommonsenseTask, choice
 from rankwise.experiments.tasks.choice import candidate_likelihoods, question_and_options
@@ -287,42 +288,6 @@ class TestCommonsense:
     def test_an_unknown_part(self):
         with pytest.raises(DataError, match="'boolq'"):
             CommonsenseTask(model="m", parts=["bolq"])
-
-
-HUB_ROWS = {
-    "boolq": {"question": "is it so", "passage": "p", "answer": False},
-    "piqa": {"goal": "sit", "sol1": "a chair", "sol2": "a wall", "label": 1},
-    "social_i_qa": {
-        "context": "Al ran.",
-        "question": "Why?",
-        "answerA": "x",
-        "answerB": "y",
-        "answerC": "z",
-        "label": "2",
-    },
-    "hellaswag": {
-        "activity_label": "Home",
-        "ctx": "[header] A man [title] sits",
-        "endings": ["a", "b", "c", "d"],
-        "label": "1",
-    },
-    "winogrande": {"sentence": "The _ fell.", "option1": "cup", "option2": "tree", "answer": "2"},
-    "ARC-Easy": {
-        "question": "What?",
-        "choices": {"text": ["u", "v"], "label": ["A", "B"]},
-        "answerKey": "B",
-    },
-    "ARC-Challenge": {
-        "question": "What?",
-        "choices": {"text": ["u", "v"], "label": ["1", "2"]},
-        "answerKey": "2",
-    },
-    "openbookqa": {
-        "question_stem": "What?",
-        "choices": {"text": ["u", "v"], "label": ["A", "B"]},
-        "answerKey": "B",
-    },
-}
 
 
 @pytest.mark.parametrize("part", COMMONSENSE)
