@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import yaml
 
 from rankwise import __version__
 from rankwise.cli import main
+from rankwise.cli.running import demo
+from rankwise.experiments.demo import DemoSettings
 from tiny_folder import save_tiny_llama, write_texts
 
 
@@ -108,6 +112,8 @@ def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -
         (["plan", "{place}/absent"], "no such file"),
         (["inspect", "{place}/run.yaml", "--column", "gid"], "is not JSON"),
         (["profile", "x", "y", "--out", "{place}/q", "--column", "gdi"], "did you mean 'gid'?"),
+        (["profile", "x", "y", "subst=main", "--out", "{place}/q"], "did you mean 'subset'?"),
+        (["profile", "x", "y", "subset", "--out", "{place}/q"], "must have the form key=value"),
         (
             ["profile", "x", "y", "--out", "{place}/q", "--compare", "{place}/absent"],
             "no such file",
@@ -151,6 +157,14 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out == f"rankwise {__version__}\n"
+
+
+def test_the_demo_command_says_the_demos_own_defaults() -> None:
+    command = {name: told.default for name, told in inspect.signature(demo).parameters.items()}
+    fields = [field for field in dataclasses.fields(DemoSettings) if field.name != "out"]
+    assert {field.name: command[field.name] for field in fields} == {
+        field.name: field.default for field in fields
+    }
 
 
 def test_help_is_quick_and_lists_every_command() -> None:
