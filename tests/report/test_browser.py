@@ -240,5 +240,4 @@ def test_two_thousand_modules_answer_in_time(tmp_path: Path, show: Callable[...,
         )
         seconds.append(busy() - before)
     assert page.locator("#detail-name").inner_text() == "model.layers.535.mlp.down_proj"
-    # the least disturbed of the nine: the median of a busy CI machine was once 0.224
-    assert 0 < min(seconds) < 0.2
+    assert 0 < sorted(seconds)[len(seconds) // 2] < 0.2

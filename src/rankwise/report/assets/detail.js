@@ -107,7 +107,7 @@ function drawCurves(id, lines, marks, yaxis, hover) {
     meta: { series: curve.series }, hovertemplate: hover,
   }));
   const layout = themed({
-    height: 360 + (legend ? 40 : 0), margin: { l: 64, r: 12, t: 16 + 16 * marks.length, b: 48 }, dragmode: false,
+    height: 360 + (legend ? 40 : 0), margin: { l: 76, r: 12, t: 16 + 16 * marks.length, b: 48 }, dragmode: false,
     hovermode: "closest", showlegend: legend, legend: { orientation: "h", y: -0.25, yanchor: "top", x: 0 },
     xaxis: { title: { text: "rank, dimensions" }, type: "log", dtick: "D2", tickformat: ",d" },
     yaxis,
@@ -178,11 +178,11 @@ function showModule(name) {
     : "";
   const marks = cuts(name);
   const value = "%{fullData.name}, rank %{x}<br>%{y:.3e}<extra></extra>";
-  const log = { type: "log", exponentformat: "power", automargin: true };
+  const log = { type: "log", exponentformat: "power" };
   drawCurves("spectrum-plot", gradientCurves(name, "singular_values"), marks, { ...log, title: { text: "gradient σ, loss per weight" } }, value);
   drawCurves(
     "energy-plot", gradientCurves(name, "energy"), marks,
-    { title: { text: "energy held, %" }, tickformat: ".0%", rangemode: "tozero", automargin: true },
+    { title: { text: "energy held, %" }, tickformat: ".0%", rangemode: "tozero" },
     "%{fullData.name}, rank %{x}<br>%{y:.2%}<extra></extra>",
   );
   drawCurves("update-plot", updateCurves(name), [], { ...log, title: { text: "learned update σ, weight" } }, value);
