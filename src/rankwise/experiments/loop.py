@@ -19,7 +19,7 @@ from rankwise.errors import DivergenceError
 from rankwise.experiments.cell_records import EvaluationRecord
 from rankwise.experiments.settings import TrainingSettings
 from rankwise.experiments.sizing import Adapted
-from rankwise.profiling.loss import count_labels
+from rankwise.profiling.loss import count_labels, without_prompt_logits
 
 COSINE_FLOOR = 0.1
 TRAIN_LOSS_POINTS = 20
@@ -142,7 +142,7 @@ def _backward(adapted: Adapted, batches: list[dict[str, Any]], extra: dict[str, 
     for batch, count in zip(batches, items, strict=True):
         share = count / sum(items)
         with adapted.driver.observe():
-            loss = adapted.model(**batch, **extra).loss
+            loss = adapted.model(**without_prompt_logits(base, batch), **extra).loss
             (loss * share if len(batches) > 1 else loss).backward()
         total += float(loss.detach()) * share
     return total

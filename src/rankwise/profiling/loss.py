@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rankwise.errors import ProfileError
 
@@ -58,6 +60,37 @@ def model_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     arguments = dict(batch)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments.setdefault("use_cache", False)
+    return arguments
+
+
+def without_prompt_logits(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch for which no logits are made of the tokens before the first that is to be predicted.
+
+    The loss is the same. A prompt has no labels, and a vocabulary of logits for each of its tokens
+    may cost more than the rest of a small model. Left as it is: a batch whose first labels are in
+    use, and one for a model that takes no `logits_to_keep` or has a loss of its own.
+
+    Args:
+        model: A transformers model, PEFT's around it or not.
+        batch: Keyword arguments of its forward.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    arguments = dict(batch)
+    labels = arguments.get("labels")
+    if (
+        not isinstance(labels, Tensor)
+        or labels.ndim != 2
+        or "logits_to_keep" in arguments
+        or "logits_to_keep" not in inspect.signature(inner.forward).parameters
+        or getattr(inner, "loss_function", None) is not ForCausalLMLoss
+        or not shifts_labels(inner)
+    ):
+        return arguments
+    used = (labels != IGNORED_LABEL).any(0).nonzero()
+    first = int(used[0]) - 1 if len(used) else 0  # the token before predicts it
+    if first > 0:
+        arguments["labels"] = labels[:, first:]
+        arguments["logits_to_keep"] = labels.shape[1] - first
     return arguments
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.errors import DataError, DivergenceError
 from rankwise.profiling import model_loss
+from rankwise.profiling.loss import without_prompt_logits
 from rankwise.records import HeldOutLoss
 
 
@@ -55,7 +56,7 @@ def summed_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple
         with torch.no_grad():
             for batch in batches:
                 moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                loss, count = model_loss(model, moved)
+                loss, count = model_loss(model, without_prompt_logits(model, moved))
                 if count:
                     total += float(loss) * count
                     tokens += count
