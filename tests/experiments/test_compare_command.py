@@ -81,3 +81,25 @@ def test_errors_are_one_line(
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert message in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("absent", ["model", "train", "test"])
+def test_models_and_data_that_are_not_there_stop_it_before_the_first_cell(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], absent: str
+) -> None:
+    path = _write(tmp_path)
+    document = yaml.safe_load(path.read_text())
+    second = document["tasks"][0] | {"name": "more", absent: str(tmp_path / "absent.jsonl")}
+    document["tasks"].append(second)
+    path.write_text(yaml.safe_dump(document))
+    assert call("compare", path) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "absent.jsonl" in error
+    assert not (tmp_path / "out").exists()
+    assert call("compare", path, f"tasks=[{json.dumps(document['tasks'][0])}]") == 0
+    records = {p: p.read_text() for p in (tmp_path / "out/records").iterdir()}
+    assert call("compare", path) == 1
+    assert "absent.jsonl" in capfd.readouterr().err.splitlines()[-1]
+    assert records == {p: p.read_text() for p in (tmp_path / "out/records").iterdir()}
+    assert call("compare", path, "--table") == 0

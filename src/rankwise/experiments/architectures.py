@@ -133,6 +133,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 """By hub id; `small-vit` is the project's own."""
 
 
+def read_config(model: str) -> PretrainedConfig:
+    """The configuration in a local folder or on the hub.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model={model!r}: no configuration ({reason}).") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
 def known_config(model: str) -> PretrainedConfig:
     """The configuration of a model by hub id, or by the name of a local folder of that model.
 

@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 
 from rankwise.artifacts import EXPERIMENT_FILE
 from rankwise.errors import ConfigError
+from rankwise.experiments.architectures import read_config
 from rankwise.experiments.bench import Bench
 from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import FAILED, FailureRecord
-from rankwise.experiments.cells import Cell
+from rankwise.experiments.cells import Cell, Group
 from rankwise.experiments.config import ExperimentConfig
 from rankwise.experiments.running import run_cell
 from rankwise.files import write_text
@@ -63,6 +64,8 @@ def run_experiment(
 ) -> Board:
     """Run every cell that has no record yet; what fails is recorded and left to the next call.
 
+    Models and data that are not there stop it before the first cell.
+
     Args:
         config: The experiment.
         notify: Called with a line of text for every cell that ends.
@@ -72,10 +75,12 @@ def run_experiment(
         The board with all records there are.
 
     Raises:
-        ConfigError: The device is not there.
+        ConfigError: The device is not there, or a model.
+        DataError: A task's data cannot be read.
     """
-    device = choose_device(config.device)
+    bench = Bench(config.runs_folder, choose_device(config.device))
     board = Board(config)
+    _find_sources(board, bench)
     board.folder.mkdir(parents=True, exist_ok=True)
     (config.runs_folder / LOCKS).mkdir(exist_ok=True)
     write_text(Path(config.output) / EXPERIMENT_FILE, config.model_dump_json(indent=1) + "\n")
@@ -85,16 +90,34 @@ def run_experiment(
     if config.workers == 1:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        work(board, device, watch.look)
+        work(board, bench, watch.look)
     else:
-        _run_workers(config, device, watch)
+        _run_workers(config, bench.device, watch)
     watch.look()
     return board
 
 
-def work(board: Board, device: torch.device, after_each: Callable[[], None] | None = None) -> None:
+def _find_sources(board: Board, bench: Bench) -> None:
+    """Load the data, and look for the model, of every task that has cells to run.
+
+    Raises:
+        ConfigError: A model is not there.
+        DataError: A task's data cannot be read.
+    """
+    tasks = {g.task.name: g.task for g in board.groups if not _is_finished(board, g)}
+    for model in dict.fromkeys(task.task.model for task in tasks.values()):
+        read_config(model)
+    for task in tasks.values():
+        bench.data(task)
+
+
+def _is_finished(board: Board, group: Group) -> bool:
+    cells = board.finals(group)
+    return bool(cells) and all(board.path(cell).is_file() for cell in cells)
+
+
+def work(board: Board, bench: Bench, after_each: Callable[[], None] | None = None) -> None:
     """Claim and run cells until none is left; waits for those whose search others still run."""
-    bench = Bench(board.config.runs_folder, device)
     while True:
         claimed, waiting = _claim(board)
         if claimed is None:
@@ -182,7 +205,7 @@ def _run_workers(config: ExperimentConfig, device: torch.device, watch: _Watch) 
 def _worker(document: dict[str, Any], device: str) -> None:
     config = ExperimentConfig.model_validate(document)
     torch.set_num_threads(config.threads or 1)
-    work(Board(config), torch.device(device))
+    work(Board(config), Bench(config.runs_folder, torch.device(device)))
 
 
 class _Watch:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from rankwise.errors import ConfigError
-from rankwise.experiments.architectures import known_config
+from rankwise.experiments.architectures import known_config, read_config
 from rankwise.experiments.cells import make_groups, search_cells
 from rankwise.experiments.config import ExperimentConfig, TaskSpec
 from rankwise.experiments.contestants import Contestant, Sized
@@ -135,22 +135,16 @@ def empty_model(task: Task, config: PretrainedConfig | None = None) -> nn.Module
     Raises:
         ConfigError: There is no configuration.
     """
-    chosen = _read_config(task.model) if config is None else copy.deepcopy(config)
+    chosen = _known_or_read(task.model) if config is None else copy.deepcopy(config)
     with torch.device("meta"):
         return task.blank_model(chosen)
 
 
-def _read_config(model: str) -> PretrainedConfig:
+def _known_or_read(model: str) -> PretrainedConfig:
     if not Path(model).expanduser().is_dir():
         with suppress(ConfigError):
             return known_config(model)
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model={model!r}: no configuration ({reason}).") from error
-    assert isinstance(config, PretrainedConfig)
-    return config
+    return read_config(model)
 
 
 def _plan(task: TaskSpec, entry: Entry, rank: int, model: nn.Module, targets: Targets) -> Plan:
