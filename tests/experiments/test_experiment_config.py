@@ -83,6 +83,7 @@ def test_a_task_may_have_settings_of_its_own() -> None:
             r"\[2\] are among seeds",
         ),
         ({"tasks": [LONG | {"selection": {"step": 2}}]}, "did you mean 'steps'"),
+        ({"selection": {"metric": "los"}}, "one: selection.metric='los': did you mean 'loss'"),
         ({"selection": {"budget": 2}}, "selection.budget=2 is no budget of one"),
         ({"tasks": [LONG | {"methods": ["lora", "lorra"]}]}, "did you mean 'lora'"),
         ({"tasks": [LONG | {"methods": []}]}, "long.methods leaves out 'lora'"),

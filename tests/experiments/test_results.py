@@ -272,6 +272,29 @@ def test_a_search_is_refined_around_its_best_rate(
     assert board.total() == len(cells) == 2 * 3 * (2 * len(searched) + len(SEEDS))
 
 
+def test_rates_are_chosen_by_another_metric(tmp_path: Path) -> None:
+    board = _board(tmp_path, _distance_to(1e-2), methods=["lora"])
+    for cell in board.cells():
+        record = json.loads(board.path(cell).read_text())
+        for evaluation in record["validation"]:
+            evaluation["metrics"]["median_loss"] = -evaluation["metrics"]["loss"]
+        board.path(cell).write_text(json.dumps(record))
+    assert Board(board.config).choice(board.groups[0]).rate == 1e-2
+    config = board.config.model_dump(mode="json")
+    other = Board(make_experiment(config, ["selection.metric=median_loss"]))
+    found = other.choice(other.groups[0])
+    assert found.rate in (1e-3, 1e-1)  # the farthest two, alike but for rounding
+    assert found.scores[1e-3] == pytest.approx(-math.log(10))
+    assert [c.file_name for c in other.search(other.groups[0])] == [
+        c.file_name for c in board.search(board.groups[0])
+    ]
+    heading = "## Learning rates on the validation part: one, r = 4, by median_loss"
+    assert heading in markdown(make_results(other)).splitlines()
+    unmeasured = Board(make_experiment(config, ["selection.metric=perplexity"]))
+    with pytest.raises(ConfigError, match=r"perplexity.*--search measured loss, median_loss on"):
+        unmeasured.choice(unmeasured.groups[0])
+
+
 def test_a_search_names_what_it_serves_besides(tmp_path: Path) -> None:
     board = _board(tmp_path, _distance_to(1e-2), methods=["lora", "full"])
     text = markdown(make_results(board))

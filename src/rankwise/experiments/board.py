@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from rankwise.errors import ConfigError
 from rankwise.experiments.cell_records import FAILED, RECORDS, CellRecord, FailureRecord
 from rankwise.experiments.cells import Cell, Group, make_groups
 from rankwise.experiments.config import ExperimentConfig
@@ -121,8 +122,7 @@ class Board:
             assert cell.learning_rate is not None
             record = self.record(cell)
             if record is not None:
-                value = record.value
-                found[cell.learning_rate].append(math.nan if value is None else value)
+                found[cell.learning_rate].append(_searched(record, cell.task.search_metric))
             elif self.failure(cell) is not None:
                 found[cell.learning_rate].append(math.nan)
             else:
@@ -184,6 +184,23 @@ class Board:
             if name in (cell.name, cell.file_name, cell.file_name.removesuffix(".json")):
                 return cell
         return None
+
+
+def _searched(record: CellRecord, metric: str) -> float:
+    """The metric at the end of a search's run, whatever metric it was run for; NaN if it diverged.
+
+    Raises:
+        ConfigError: The run did not measure it.
+    """
+    if record.diverged_at is not None:
+        return math.nan
+    found = record.validation[-1].metrics
+    if metric not in found:
+        raise ConfigError(
+            f"selection.metric={metric!r}: {record.name} measured {', '.join(found)} on the "
+            "validation part."
+        )
+    return found[metric]
 
 
 def _best(group: Group, scores: dict[float, float]) -> float | None:

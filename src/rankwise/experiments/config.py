@@ -125,6 +125,10 @@ class ExperimentConfig(Section):
                     f"{', '.join(map(str, missing))}; set selection.budget."
                 )
         for task in tasks.values():
+            metric, known = task.selection.metric, task.task.validation_metrics
+            if metric is not None and metric not in known:
+                hint = nearest(metric, known)
+                raise ConfigError(f"{task.name}: selection.metric={metric!r}: {hint}")
             budget = task.selection.budget
             if task.rates_from is None and budget not in (None, *task.budgets):
                 raise ConfigError(f"selection.budget={budget} is no budget of {task.name}.")
@@ -260,11 +264,16 @@ class TaskSpec:
     methods: list[str] | None = None
 
     @property
+    def search_metric(self) -> str:
+        """What learning rates are chosen by, on the validation part."""
+        return self.selection.metric or self.task.search_metric
+
+    @property
     def search_lower_is_better(self) -> bool:
         """Direction of the metric that learning rates are chosen by."""
-        if self.task.search_metric == self.task.metric:
+        if self.search_metric == self.task.metric:
             return self.task.lower_is_better
-        return self.task.search_metric in LOWER_IS_BETTER
+        return self.search_metric in LOWER_IS_BETTER
 
 
 def load_experiment(

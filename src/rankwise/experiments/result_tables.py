@@ -223,7 +223,9 @@ def _rate_section(results: Results) -> list[str]:
         rows = {row.label: row for row in sharing}.values()
         rates = sorted({rate for row in rows for rate in row.rates}, key=float)
         table = [[row.label, *(_score(row, rate) for rate in rates)] for row in rows]
-        lines += ["", f"## Learning rates on the validation part: {search}", ""]
+        by = {row.search_metric for row in sharing if row.search_metric != row.metric}
+        chosen_by = f", by {', '.join(sorted(by))}" if by else ""
+        lines += ["", f"## Learning rates on the validation part: {search}{chosen_by}", ""]
         lines.append(markdown_table(["method", *rates], table))
         served: dict[str, list[str]] = {}
         for row in sharing:

@@ -101,7 +101,7 @@ def task_rows(board: Board, task: TaskSpec) -> list[Row]:
                 method.label,
                 method.name,
                 method.contestant.ours,
-                task.task.search_metric,
+                task.search_metric,
                 wanted=len(board.config.seeds),
             )
             if method.reason is not None:

@@ -97,7 +97,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
         "steps": cell.steps,
         "config_hash": cell.config_hash,
         "settings": cell.settings,
-        "metric": spec.task.search_metric if searching else spec.task.metric,
+        "metric": spec.search_metric if searching else spec.task.metric,
         "lower_is_better": (
             spec.search_lower_is_better if searching else spec.task.lower_is_better
         ),

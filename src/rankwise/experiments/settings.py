@@ -55,6 +55,9 @@ class SelectionSettings(Section):
 
     seeds: list[int] = Field(default=[1000], min_length=1, description="other than those compared")
     steps: int | None = Field(default=None, ge=1, description="default: those of the training")
+    metric: str | None = Field(
+        default=None, description="to choose by; default: the task's, or the loss it has instead"
+    )
     budget: int | None = Field(
         default=None, description="the one to choose at, for all of them; default: each its own"
     )

@@ -168,4 +168,6 @@ class TestTask:
     def test_learning_rates_are_chosen_by_the_loss(self, options):
         task = JudgedTask(**options, endpoint="http://127.0.0.1:9/v1")
         data, model = task.load(), task.load_model()
-        assert task.search_metric in task.evaluate(model, data, data.validation)
+        measured = task.evaluate(model, data, data.validation)
+        assert task.search_metric in measured
+        assert set(task.validation_metrics) == set(measured)

@@ -101,8 +101,13 @@ class Task(ABC):
 
     @property
     def search_metric(self) -> str:
-        """What learning rates are chosen by on the validation part; `evaluate` measures it."""
+        """What learning rates are chosen by unless asked otherwise; `evaluate` measures it."""
         return self.metric
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """What learning rates may be chosen by, as far as `evaluate` measures it."""
+        return self.metrics
 
     @abstractmethod
     def load_model(self) -> PreTrainedModel:

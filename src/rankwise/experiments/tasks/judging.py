@@ -57,6 +57,11 @@ class JudgedTask(CompletionTask):
         """The held-out loss."""
         return "loss"
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Those of text; no judge is asked."""
+        return super().metrics
+
     def evaluate_test(self, model: nn.Module, data: TaskData) -> dict[str, float]:
         """Mean rating, and that of each category.
 
