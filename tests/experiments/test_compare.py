@@ -10,7 +10,7 @@ import pytest
 from rankwise.experiments import compare as compare_module
 from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
-from rankwise.experiments.compare import duration, run_experiment
+from rankwise.experiments.compare import Progress, duration, run_experiment
 from rankwise.experiments.config import make_experiment
 from rankwise.experiments.dry_run import dry_run
 from rankwise.experiments.result_tables import markdown, save_results, terminal_table
@@ -234,6 +234,31 @@ def test_workers_share_the_cells_and_give_the_same_records(
     twice = run_experiment(config)
     metrics = {r.name: (r.validation, r.test) for r in board.records()}
     assert {r.name: (r.validation, r.test) for r in twice.records()} == metrics
+
+
+def test_looking_walks_the_cells_only_where_files_came_or_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], learning_rates=[1e-3])
+    record, *_ = _run(document).folder.glob("*seed0*.json")
+    content = record.read_text()
+    record.unlink()
+    said: list[str] = []
+    shown: list[Progress] = []
+    board = Board(make_experiment(document))
+    watch = compare_module._Watch(board, said.append, shown.append)
+    assert said == ["1 of 2 cells are finished already"]
+    walks, cells = [], board.cells
+    monkeypatch.setattr(board, "cells", lambda: walks.append(1) or cells())
+    watch.look()
+    watch.look()
+    assert not walks
+    record.write_text(content)
+    watch.look()
+    watch.look()
+    assert len(walks) == 1
+    assert [progress.done for progress in shown] == [1, 1, 2, 2]
+    assert len(said) == 2 and "lines--lora--r2--lr0.001--seed0: " in said[1]
 
 
 def test_durations() -> None:
