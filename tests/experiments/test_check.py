@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rankwise.experiments.check import (
     against_table,
     check_cell,
     compare_records,
+    have_same_outcome,
     prediction_interval,
 )
 from rankwise.experiments.compare import run_experiment
@@ -53,6 +55,29 @@ def test_a_changed_record_does_not_reproduce(
     assert not found.exact
     assert found.recorded is not None and found.found is not None
     assert found.recorded - found.found == pytest.approx(1e-4)
+
+
+def test_metrics_that_one_version_did_not_measure_are_left_out(
+    finished: tuple[dict[str, Any], Board],
+) -> None:
+    record = next(r for r in finished[1].records() if r.phase == "final")
+    assert record.test is not None
+    older = replace(
+        record,
+        test={"loss": record.test["loss"]},
+        validation=[
+            replace(e, metrics={"loss": e.metrics["loss"], "gone": 1.0}) for e in record.validation
+        ],
+    )
+    assert have_same_outcome(record, older) and have_same_outcome(older, record)
+    assert not have_same_outcome(record, replace(older, test={"loss": record.test["loss"] + 1e-9}))
+    assert not have_same_outcome(record, replace(record, test=None))
+    assert not have_same_outcome(record, replace(record, validation=record.validation[1:]))
+    last = record.validation[-1]
+    moved = replace(last, metrics=last.metrics | {"loss": last.metrics["loss"] + 1e-9})
+    assert not have_same_outcome(
+        record, replace(record, validation=[*record.validation[:-1], moved])
+    )
 
 
 def test_verdicts() -> None:

@@ -31,7 +31,8 @@ class Check:
         metric: What is compared.
         recorded: The value of the record; None where the run diverged.
         found: The value now; likewise.
-        exact: Whether every metric and every training loss is the same to the last bit.
+        exact: Whether every metric that both measured and every training loss is the same to the
+            last bit.
         interval: Where a further run of this method, task and budget lies in 95 of 100 cases, from
             the other seeds' spread; None where there are fewer than two seeds.
     """
@@ -88,8 +89,22 @@ def check_cell(board: Board, name: str) -> Check:
         if (record := board.record(other)) is not None and record.value is not None
     ]
     interval = prediction_interval(values) if cell.phase == "final" else None
-    same = _outcome(found) == _outcome(recorded)
+    same = have_same_outcome(found, recorded)
     return Check(cell.name, found.metric, recorded.value, found.value, same, interval)
+
+
+def have_same_outcome(a: CellRecord, b: CellRecord) -> bool:
+    """Whether two runs' losses, ranks and metrics are the same to the last bit.
+
+    Metrics that only one of them measured, as the version before or after did, are left out.
+    """
+    plain = (a.train_loss, a.diverged_at, a.ranks) == (b.train_loss, b.diverged_at, b.ranks)
+    steps = [e.step for e in a.validation] == [e.step for e in b.validation]
+    if not plain or not steps or (a.test is None) != (b.test is None):
+        return False
+    metrics = [(x.metrics, y.metrics) for x, y in zip(a.validation, b.validation, strict=True)]
+    metrics.append((a.test or {}, b.test or {}))
+    return all(x[name] == y[name] for x, y in metrics for name in x.keys() & y.keys())
 
 
 def prediction_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -114,7 +129,7 @@ class Counterpart:
         label: Of the method.
         rank: Budget; None where none applies.
         pairs: Cells with the same name and settings in both.
-        exact: Those with the same metrics and losses to the last bit.
+        exact: Those whose metrics and losses are the same to the last bit, as `Check.exact`.
         difference: Of the metric, here minus there; None where a value is missing.
         time: Training seconds here over those there.
     """
@@ -206,14 +221,10 @@ def _counterpart(
         label,
         rank,
         len(pairs),
-        sum(_outcome(a) == _outcome(b) for a, b in pairs),
+        sum(have_same_outcome(a, b) for a, b in pairs),
         summarise(differences) if differences else None,
         fmean(a.seconds["train"] for a, _ in pairs) / there if there else math.nan,
     )
-
-
-def _outcome(record: CellRecord) -> tuple[object, ...]:
-    return record.validation, record.test, record.train_loss, record.diverged_at, record.ranks
 
 
 def _interval(difference: Summary | None) -> str:
