@@ -35,9 +35,11 @@ class TestClassification:
         assert [row["labels"] for row in data.test] == [i % 2 for i in range(10)]
         model = task.load_model()
         found = task.evaluate(model, data, data.test)
-        logits = model(**{k: v for k, v in data.collate(data.test).items() if k != "labels"}).logits
-        hits = logits.argmax(-1) == torch.tensor([row["labels"] for row in data.test])
+        with torch.no_grad():
+            output = model.eval()(**data.collate(data.test))
+        hits = output.logits.argmax(-1) == torch.tensor([row["labels"] for row in data.test])
         assert found["accuracy"] == pytest.approx(float(hits.float().mean()))
+        assert found["loss"] == pytest.approx(float(output.loss))
 
     def test_a_broken_line_is_named(self, encoder, tmp_path):
         path = tmp_path / "rows.tsv"
@@ -72,11 +74,13 @@ class TestGlue:
         task = GlueTask(model=encoder, train=path, test=path, subset=name, validation_rows=3)
         data, model = task.load(), task.load_model()
         assert model.config.num_labels == GLUE[name].labels
-        loss = model(**data.collate(data.train)).loss
-        assert torch.isfinite(loss)
         found = task.evaluate(model, data, data.test)
         assert task.metric == GLUE[name].metric
         assert -1 <= found[task.metric] <= 1
+        with torch.no_grad():
+            trained = model.eval()(**data.collate(data.test)).loss
+        assert found["loss"] == pytest.approx(float(trained))
+        assert set(found) <= set(task.validation_metrics)
 
     def test_pairs_are_two_texts(self, encoder, tmp_path):
         path = str(write_rows(tmp_path / "rows.jsonl", _glue_rows("mrpc")))

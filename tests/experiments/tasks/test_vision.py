@@ -139,14 +139,15 @@ class TestImages:
         expected = (pixels.float().view(SIDE, SIDE) / 255 - 0.5) / 0.25
         torch.testing.assert_close(batch["pixel_values"][0], expected.expand(3, -1, -1))
 
-    def test_a_new_head_of_so_many_classes_and_its_accuracy(self, task):
+    def test_a_new_head_of_so_many_classes_and_its_metrics(self, task):
         data, model = task.load(), task.load_model()
         assert model.classifier.out_features == 2
         found = task.evaluate(model, data, data.test)
         batch = data.collate(data.test)
-        logits = model.eval()(pixel_values=batch["pixel_values"]).logits
-        expected = (logits.argmax(-1) == batch["labels"]).float().mean()
-        assert found == {"accuracy": pytest.approx(float(expected))}
+        with torch.no_grad():
+            output = model.eval()(**batch)
+        hits = (output.logits.argmax(-1) == batch["labels"]).float().mean()
+        assert found == pytest.approx({"accuracy": float(hits), "loss": float(output.loss)})
 
     def test_a_hub_data_set_keeps_its_images_encoded(self, vit, images, monkeypatch):
         import datasets

@@ -28,7 +28,14 @@ class ClassificationTask(Task):
         labels: How many classes; 1 for regression.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "matthews", "f1", "pearson", "spearman")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "accuracy",
+        "matthews",
+        "f1",
+        "pearson",
+        "spearman",
+        "loss",
+    )
     task_type = "SEQ_CLS"
     keep: ClassVar[tuple[str, ...]] = ("classifier",)
 
@@ -53,19 +60,24 @@ class ClassificationTask(Task):
         return model
 
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
-        """Accuracy and Matthews' correlation, F1 of two classes; of numbers, both correlations."""
+        """Accuracy and Matthews' correlation, F1 of two classes; of numbers, both correlations.
+
+        And the loss that is trained: cross-entropy in nats, of numbers the mean squared error.
+        """
         logits = logits_of(model, data, rows)
         true = [row["labels"] for row in rows]
         if self.labels == 1:
-            predicted = logits[:, 0].tolist()
+            predicted = logits[:, 0]
             return {
-                "pearson": scores.pearson(predicted, true),
-                "spearman": scores.spearman(predicted, true),
+                "pearson": scores.pearson(predicted.tolist(), true),
+                "spearman": scores.spearman(predicted.tolist(), true),
+                "loss": float(nn.functional.mse_loss(predicted, torch.tensor(true))),
             }
         classes = logits.argmax(-1).tolist()
         found = {
             "accuracy": scores.accuracy(classes, true),
             "matthews": scores.matthews_correlation(classes, true),
+            "loss": float(nn.functional.cross_entropy(logits, torch.tensor(true))),
         }
         return found | ({"f1": scores.f1_score(classes, true)} if self.labels == 2 else {})
 
@@ -92,7 +104,7 @@ class ClassificationTask(Task):
 class AcceptabilityTask(ClassificationTask):
     """CoLA: its metric is Matthews' correlation."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("matthews", "accuracy", "f1")
+    metrics: ClassVar[tuple[str, ...]] = ("matthews", "accuracy", "f1", "loss")
 
 
 @dataclass(frozen=True)

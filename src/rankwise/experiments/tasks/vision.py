@@ -43,10 +43,9 @@ class ImageTask(Task):
         label_column: Likewise; a whole number from 0.
         classes: Use only images of these labels, numbered anew in this order; default: all.
         labels: How many classes; with `classes`, their number.
-        metric: Accuracy.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     keep: ClassVar[tuple[str, ...]] = ("classifier",)
 
     image_column: str = "image"
@@ -84,9 +83,12 @@ class ImageTask(Task):
         return model
 
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
-        """Share of images whose class is the likeliest."""
-        predicted = logits_of(model, data, rows).argmax(-1).tolist()
-        return {"accuracy": scores.accuracy(predicted, [row["labels"] for row in rows])}
+        """Share of images whose class is the likeliest, and the cross-entropy in nats."""
+        logits, true = logits_of(model, data, rows), [row["labels"] for row in rows]
+        return {
+            "accuracy": scores.accuracy(logits.argmax(-1).tolist(), true),
+            "loss": float(nn.functional.cross_entropy(logits, torch.tensor(true))),
+        }
 
     def _processor(self) -> Any:
         return AutoImageProcessor.from_pretrained(self.model)
