@@ -103,12 +103,13 @@ class TestCompletion:
         assert found["loss"] == pytest.approx(expected, rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
 
-    def test_the_median_is_over_rows(self, completion):
+    def test_the_median_and_the_worst_are_of_rows(self, completion):
         data, model = completion.load(), completion.load_model()
         rows = data.test[:3]
         found = completion.evaluate(model, data, rows)
         alone = [completion.evaluate(model, data, [row])["loss"] for row in rows]
         assert found["median_loss"] == pytest.approx(sorted(alone)[1], rel=1e-5)
+        assert found["worst_loss"] == pytest.approx(max(alone), rel=1e-5)
         assert not model._forward_hooks
 
     def test_a_long_prompt_is_cut_at_its_front(self, folder, tmp_path):
@@ -177,7 +178,7 @@ class TestMath:
         )
         data = plain.load()
         found = plain.evaluate(plain.load_model(), data, data.test)
-        assert set(found) == {"loss", "perplexity", "median_loss"}
+        assert set(found) == {"loss", "perplexity", "median_loss", "worst_loss"}
         with pytest.raises(DataError, match="generate=0"):
             MathTask(model="m", train="a", test="b", generate=0, metric="exact_match")
 

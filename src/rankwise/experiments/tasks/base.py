@@ -23,7 +23,7 @@ from rankwise.experiments.tasks.reading import Row, read_rows
 from rankwise.profiling.loss import IGNORED_LABEL
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
-LOWER_IS_BETTER = ("loss", "perplexity", "median_loss", "choice_loss")
+LOWER_IS_BETTER = ("loss", "perplexity", "median_loss", "worst_loss", "choice_loss")
 
 
 @dataclass(frozen=True)

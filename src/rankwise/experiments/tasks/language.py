@@ -31,8 +31,9 @@ from rankwise.training.evaluate import held_out_loss
 class CompletionTask(Task):
     """Causal language modelling of a completion after its prompt; the metric is held-out loss.
 
-    `median_loss` is the median over the rows of each row's own loss, beside the mean over all
-    tokens: one row that a run has broken moves the mean by more than methods differ.
+    `median_loss` and `worst_loss` are the median and the largest of the rows' own losses, beside
+    the mean over all tokens: one row that a run has broken moves the mean by more than methods
+    differ.
 
     Attributes:
         prompt_column: Read, not learned; empty for plain text, whose blank rows are left out.
@@ -43,7 +44,7 @@ class CompletionTask(Task):
             them at the front.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "median_loss")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "median_loss", "worst_loss")
     task_type = "CAUSAL_LM"
 
     prompt_column: str = "question"
@@ -65,13 +66,14 @@ class CompletionTask(Task):
         return model
 
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
-        """Mean negative log-likelihood per labelled token, its exponential, the median row."""
+        """Mean negative log-likelihood per labelled token, its exponential, median, worst row."""
         with _row_losses(model) as losses:
             found = held_out_loss(model, data.batches(rows, 16), step=0)
         return {
             "loss": found.loss,
             "perplexity": found.perplexity,
             "median_loss": median(losses),
+            "worst_loss": max(losses),
         }
 
     def _rows(self) -> tuple[list[Row], list[Row]]:
@@ -130,7 +132,13 @@ class MathTask(CompletionTask):
         max_new_tokens: Of an answer.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "exact_match", "perplexity", "median_loss")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "exact_match",
+        "perplexity",
+        "median_loss",
+        "worst_loss",
+    )
 
     generate: int | None = None
     max_new_tokens: int = 256
