@@ -192,6 +192,7 @@ def test_a_metric_that_asks_while_it_is_loaded(options):
         ({"metric": "pick/accuracy,none"}, r"measured are pick/acc,none\."),
         ({"benchmarks": ["lost"], "metric": "lost/acc,none"}, r"lm-eval on lost: .*nowhere\.jsonl"),
         ({"include_path": "/no/such/folder"}, "is not a folder"),
+        ({"start": "\n"}, "lm-eval would ask without it"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(options, changed, message):

@@ -104,6 +104,13 @@ class TestChoice:
         assert len(second["input_ids"]) == 64 > len(first["input_ids"])
         with pytest.raises(DataError, match="max_length=8"):
             ChoiceTask(**options, max_length=8).load()
+        started = ChoiceTask(**options, max_length=64, start="\n")
+        data = started.load()
+        lead = data.processor("\n")["input_ids"]
+        for bare, row in zip((first, second), data.test[0]["candidates"], strict=True):
+            answer = bare["input_ids"][places[0] :]
+            cut = bare["input_ids"][len(lead) : places[0]]
+            assert row["input_ids"] == lead + cut + answer
 
 
 def _candidates(prompt, answers):

@@ -165,6 +165,15 @@ class TestTask:
         assert "[The Start of Reference Answer]\nseven\n" in first
         assert "and then" not in first
 
+    def test_a_start_leads_the_question_too(self, options):
+        options |= {"endpoint": "http://127.0.0.1:9/v1", "max_length": 6}
+        bare, started = (JudgedTask(**options, start=start).load() for start in ("", "\n"))
+        first = bare.processor("\n")["input_ids"]
+        for row, other in zip(started.test, bare.test, strict=True):
+            room = 6 - len(first)
+            assert row["input_ids"] == first + other["input_ids"][-room:]
+            assert len(row["labels"]) == len(row["input_ids"])
+
     def test_learning_rates_are_chosen_by_the_loss(self, options):
         task = JudgedTask(**options, endpoint="http://127.0.0.1:9/v1")
         data, model = task.load(), task.load_model()

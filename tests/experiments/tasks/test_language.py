@@ -5,7 +5,7 @@ import torch
 
 from rankwise.errors import DataError
 from rankwise.experiments.tasks import CompletionTask, MathTask
-from rankwise.experiments.tasks.language import greedy, prompt_of
+from rankwise.experiments.tasks.language import encode_completion, greedy, prompt_of
 from rankwise.profiling.loss import IGNORED_LABEL
 from tiny_folder import save_tiny_llama, write_rows
 
@@ -120,6 +120,36 @@ class TestCompletion:
         row = task.load().train[0]
         assert len(row["input_ids"]) == 16
         assert row["labels"][-1] == row["input_ids"][-1] != IGNORED_LABEL
+
+    def test_a_start_leads_every_row_and_is_never_cut(self, folder, tmp_path):
+        path = str(
+            write_rows(tmp_path / "rows.jsonl", [{"question": "q " * 9, "answer": "end"}] * 6)
+        )
+        options = {"model": str(folder), "train": path, "test": path, "validation_rows": 2}
+        plain = CompletionTask(**options).load()
+        started = CompletionTask(**options, start="\n").load()
+        first = started.processor("\n")["input_ids"]
+        for part in ("train", "validation", "test"):
+            for row, bare in zip(getattr(started, part), getattr(plain, part), strict=True):
+                assert row["input_ids"] == first + bare["input_ids"]
+                assert row["labels"] == [IGNORED_LABEL] * len(first) + bare["labels"]
+        cut = CompletionTask(**options, start="\n", max_length=12).load().test[0]
+        assert len(cut["input_ids"]) == 12
+        assert cut["input_ids"] == first + plain.test[0]["input_ids"][len(first) - 12 :]
+        with pytest.raises(DataError, match="fills all of max_length=1; raise"):
+            CompletionTask(**options, start="\n", max_length=1).load()
+
+    def test_a_tokenizers_own_first_token_stays_first(self):
+        class WithFirst:
+            eos_token_id = None
+
+            def __call__(self, text, *, add_special_tokens=True, verbose=True):
+                return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+        row = encode_completion("q", "a", WithFirst(), 8, start="\n")
+        assert row["input_ids"] == [1, 10, ord("q"), ord("a")]
+        assert encode_completion("q", "a", WithFirst(), 8)["input_ids"] == [1, ord("q"), ord("a")]
+        assert encode_completion("", "a", WithFirst(), 8, start="\n")["input_ids"] == [1, 10, 97]
 
     def test_blank_rows_of_plain_text_are_left_out(self, folder, tmp_path):
         texts = ["one", "", "two", "  ", "three", "four"]

@@ -49,6 +49,8 @@ class BenchmarkTask(CompletionTask):
     run_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.start:
+            raise DataError(f"start={self.start!r}: lm-eval would ask without it; leave it out.")
         running = [name for name in self.benchmarks if name.startswith(_RUNNING_CODE)]
         if running and not self.run_code:
             raise DataError(

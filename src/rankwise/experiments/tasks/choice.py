@@ -93,7 +93,9 @@ class ChoiceTask(CompletionTask):
 
     def _candidates(self, prompt: str, texts: Sequence[str], processor: Any) -> list[Row]:
         """All after the same tokens, so that a prompt that is too long is cut for all alike."""
-        whole = [encode_completion("", text, processor, self.max_length) for text in texts]
+        whole = [
+            encode_completion("", text, processor, self.max_length, self.start) for text in texts
+        ]
         longest = max(len(row["input_ids"]) for row in whole)
         if longest >= self.max_length:
             raise DataError(
@@ -102,7 +104,11 @@ class ChoiceTask(CompletionTask):
             )
         return [
             encode_completion(
-                prompt, text, processor, self.max_length - longest + len(row["input_ids"])
+                prompt,
+                text,
+                processor,
+                self.max_length - longest + len(row["input_ids"]),
+                self.start,
             )
             for text, row in zip(texts, whole, strict=True)
         ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankwise.experiments.tasks.base import TaskData
 from rankwise.experiments.tasks.judge import Judge
-from rankwise.experiments.tasks.language import CompletionTask, greedy
+from rankwise.experiments.tasks.language import CompletionTask, encode_prompt, greedy
 from rankwise.experiments.tasks.reading import Row, text_of
 from rankwise.profiling.loss import IGNORED_LABEL
 
@@ -80,7 +80,8 @@ class JudgedTask(CompletionTask):
     def _encode_test(self, row: Mapping[str, Any], processor: Any) -> Row:
         column = self.test_prompt_column or self.prompt_column
         question = text_of({**row, column: _first(row.get(column))}, column)
-        ids = processor(question + "\n", verbose=False)["input_ids"][-self.max_length :]
+        first, asked = encode_prompt(question + "\n", processor, self.start)
+        ids = first + asked[max(0, len(first) + len(asked) - self.max_length) :]
         return {
             "input_ids": ids,
             "labels": [IGNORED_LABEL] * len(ids),

@@ -42,6 +42,8 @@ class CompletionTask(Task):
         test_completion_column: Likewise.
         drop_longer: Leave rows out that have more than `max_length` tokens, instead of cutting
             them at the front.
+        start: In front of every row, and never cut off: a line break, or the token that a document
+            begins with. Models whose tokenizer adds none may break on single rows without it.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "median_loss", "worst_loss")
@@ -52,6 +54,7 @@ class CompletionTask(Task):
     test_prompt_column: str | None = None
     test_completion_column: str | None = None
     drop_longer: bool = False
+    start: str = ""
 
     def load_model(self) -> PreTrainedModel:
         """A causal language model."""
@@ -116,7 +119,8 @@ class CompletionTask(Task):
 
     def _prompted(self, row: Mapping[str, Any], prompt: str, completion: str, tokens: Any) -> Row:
         before = text_of(row, prompt) + "\n" if prompt else ""
-        return encode_completion(before, text_of(row, completion), tokens, self.max_length)
+        text = text_of(row, completion)
+        return encode_completion(before, text, tokens, self.max_length, self.start)
 
 
 @dataclass(frozen=True)
@@ -193,16 +197,37 @@ def _row_losses(model: nn.Module) -> Iterator[list[float]]:
 
 
 def encode_completion(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompt: str,
+    completion: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    start: str = "",
 ) -> Row:
-    """Token ids of both, the prompt's own tokens unlabelled; cut at the front if too long."""
-    before = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+    """Token ids of both after `start`, only the completion labelled; a long prompt loses its front.
+
+    Raises:
+        DataError: `start` leaves no room.
+    """
+    first, before = encode_prompt(prompt, tokenizer, start)
+    room = max_length - len(first)
+    if room <= 0:
+        raise DataError(f"start={start!r} fills all of max_length={max_length}; raise max_length.")
     after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         after = [*after, tokenizer.eos_token_id]
-    after = after[:max_length]
-    before = before[max(0, len(before) + len(after) - max_length) :]
+    after = after[:room]
+    before = first + before[max(0, len(before) + len(after) - room) :]
     return {"input_ids": before + after, "labels": [IGNORED_LABEL] * len(before) + after}
+
+
+def encode_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, start: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of `start` and of the prompt; the tokenizer's own first token leads."""
+    first = tokenizer(start, verbose=False)["input_ids"] if start else []
+    if not prompt:
+        return first, []
+    return first, tokenizer(prompt, add_special_tokens=not start, verbose=False)["input_ids"]
 
 
 def prompt_of(row: Row) -> list[int]:
