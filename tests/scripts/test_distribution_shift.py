@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from script_modules import load_script
 from tiny_folder import SENTENCES, save_tiny_llama, write_rows
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distribution_shift.py"
 
 
 @pytest.fixture(name="script", scope="module")
 def script_fixture() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distribution_shift", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("distribution_shift")
 
 
 def test_it_goes_on_where_it_stopped_and_says_the_same(

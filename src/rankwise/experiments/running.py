@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from rankwise.experiments.bench import Bench, Loaded, on_device, training_batches
 from rankwise.experiments.cell_records import CellRecord, SizeRecord
 from rankwise.experiments.cells import Cell
-from rankwise.experiments.loop import Loop, is_head
+from rankwise.experiments.loop import Curves, Loop, is_head
 from rankwise.experiments.peak import PeakMemory
 from rankwise.experiments.sizing import Adapted, Batch, Job, Size
 from rankwise.profiling import GradientProfile
@@ -41,31 +42,24 @@ def run_cell(cell: Cell, bench: Bench, written: tuple[Path, ...] = ()) -> CellRe
     """
     loaded, base = bench.data(cell.task), bench.base(cell.task, cell.seed)
     memory = PeakMemory(bench.device)
-    profile = bench.profile(cell)
-    started = time.perf_counter()
-    adapted, job = _adapt(cell, bench, profile)
-    prepare = time.perf_counter() - started
-    trainable, head = _count(adapted.model, job.keep)
-    torch.manual_seed(cell.seed)
-    loop, test = _learn(cell, adapted, loaded, bench.device)
-    curves = loop.curves
-    size = _final_size(adapted, job)
+    trained = train_cell(cell, bench)
+    curves, profile, size = trained.curves, trained.profile, trained.size
     return CellRecord(
         **_identity(cell),
         size=None if size is None else _size_record(size),
-        trainable_parameters=trainable,
-        head_parameters=head,
+        trainable_parameters=trained.parameters,
+        head_parameters=trained.head_parameters,
         ranks={} if size is None else dict(size.values),
         blocks={} if size is None else dict(size.blocks),
         validation=curves.validation,
-        test=test,
+        test=trained.test,
         train_loss=curves.train_loss,
         diverged_at=curves.diverged_at,
         tokens=curves.tokens,
         seconds={
             "load": round(base.seconds + loaded.seconds, 3),
             "profile": round(profile.provenance.seconds, 3) if profile else 0.0,
-            "prepare": round(prepare, 3),
+            "prepare": round(trained.prepare_seconds, 3),
             "train": round(curves.train_seconds, 3),
             "evaluate": round(curves.evaluate_seconds, 3),
         },
@@ -75,10 +69,52 @@ def run_cell(cell: Cell, bench: Bench, written: tuple[Path, ...] = ()) -> CellRe
         model_fingerprint=base.fingerprint,
         data_fingerprint=loaded.fingerprint,
         rows=loaded.rows,
-        notes=adapted.driver.notes(),
+        notes=trained.adapted.driver.notes(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **_place(written),
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A cell after its training.
+
+    Attributes:
+        adapted: The model, with its adapters.
+        profile: That the method needed.
+        curves: What was measured on the way.
+        test: Metrics on the test part; None in a search, and where training diverged.
+        size: Of the adapters at the end.
+        parameters: That the optimizer updated, heads not counted.
+        head_parameters: Of heads.
+        prepare_seconds: Of the plan and the adapters.
+    """
+
+    adapted: Adapted
+    profile: GradientProfile | None
+    curves: Curves
+    test: dict[str, float] | None
+    size: Size | None
+    parameters: int
+    head_parameters: int
+    prepare_seconds: float
+
+
+def train_cell(cell: Cell, bench: Bench) -> Trained:
+    """What `run_cell` does before it writes a record: adapt, train, evaluate.
+
+    Raises:
+        RankwiseError: The method, the model or the data do not fit.
+    """
+    profile = bench.profile(cell)
+    started = time.perf_counter()
+    adapted, job = _adapt(cell, bench, profile)
+    prepare = time.perf_counter() - started
+    trainable, head = _count(adapted.model, job.keep)
+    torch.manual_seed(cell.seed)
+    loop, test = _learn(cell, adapted, bench.data(cell.task), bench.device)
+    size = _final_size(adapted, job)
+    return Trained(adapted, profile, loop.curves, test, size, trainable, head, prepare)
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
