@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+from rankwise.quantised import keep_layout_
 from rankwise.targets import find_targets
 
 
@@ -38,7 +39,9 @@ def with_bitsandbytes(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) 
         layer = model.get_submodule(name)
         quantised = make(layer)
         quantised.load_state_dict(layer.state_dict())
-        model.set_submodule(name, quantised.to("cpu"))  # the move is what quantises
+        quantised.to("cpu")  # the move is what quantises
+        keep_layout_(quantised)  # or what a CPU with AVX512-BF16 computes would be another's
+        model.set_submodule(name, quantised)
     return model.eval()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import TargetError, nearest
+from rankwise.quantised import keep_layout_
 
 ALL_LINEAR = "all-linear"
 
@@ -108,6 +109,7 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as `(d_out, d_in)`, dequantised where it is quantised."""
+    keep_layout_(module)
     # torchao's backend wants to know how to quantise again, which nobody does here
     backend = resolve_quantization_backend(module, get_apply_tensor_subclass=_not_quantised_again)
     if backend is not None:
@@ -140,6 +142,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     _refuse_adapted(model)
     modules = dict(model.named_modules())
     shapes = {name: shape for name, m in modules.items() if (shape := linear_shape(m)) is not None}
+    for name in shapes:
+        keep_layout_(modules[name])
     unusable = _unusable(model, shapes)
     if targets == ALL_LINEAR:
         left_out = _heads(model, shapes) | unusable

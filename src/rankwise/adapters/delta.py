@@ -22,6 +22,7 @@ from peft.utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.quantised import keep_layout_
 from rankwise.targets import linear_shape
 
 
@@ -39,6 +40,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 f"{type(innermost).__name__} cannot carry this adapter; only Linear (also "
                 "quantised) and transformers Conv1D layers can."
             )
+        keep_layout_(innermost)
         self.in_features, self.out_features = shape.d_in, shape.d_out
         self.fan_in_fan_out = isinstance(innermost, Conv1D)
         self.cast_input_dtype_enabled = True
