@@ -15,10 +15,10 @@ def keep_layout_(module: nn.Module) -> None:
     """
     if not getattr(module, "support_avx512bf16_for_cpu", False):
         return
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
     weight: Any = module.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
             weight.data, weight.quant_state
         )
