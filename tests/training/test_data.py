@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rankwise.errors import DataError
 from rankwise.profiling.loss import IGNORED_LABEL
 from rankwise.training.config import DataConfig
-from rankwise.training.data import load_token_data
+from rankwise.training.data import encode_prompt, load_token_data
 from tiny_folder import SENTENCES, save_tiny_llama, write_rows, write_texts
 
 
@@ -62,6 +62,46 @@ def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert {len(row["input_ids"]) for row in data.train} == {5}
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_texts_start_with_is_read_and_not_learned(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, packing: bool
+) -> None:
+    path = str(write_rows(tmp_path / "t.jsonl", [{"text": "brown fox"}] * 2))
+    config = DataConfig(train=path, held_out=path, start="the", packing=packing)
+    data = load_token_data(config, tokenizer, seed=0)
+    start, text = tokenizer("the")["input_ids"], tokenizer("brown fox")["input_ids"]
+    once = {
+        "input_ids": [*start, *text, tokenizer.eos_token_id],
+        "labels": [IGNORED_LABEL] * len(start) + [*text, tokenizer.eos_token_id],
+    }
+    row = {key: value * 2 if packing else value for key, value in once.items()}
+    assert {key: data.train[0][key] for key in row} == row
+
+
+def test_prompts_come_after_the_start(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "quick ", "completion": "brown fox"}] * 2
+    path = str(write_rows(tmp_path / "t.jsonl", rows))
+    with_start, without = (
+        load_token_data(DataConfig(train=path, start=start), tokenizer, seed=0).train[0]
+        for start in ("the ", "")
+    )
+    first = tokenizer("the ")["input_ids"]
+    assert with_start["input_ids"] == first + without["input_ids"]
+    assert with_start["labels"] == [IGNORED_LABEL] * len(first) + without["labels"]
+
+
+@pytest.mark.parametrize("start", ["\n", ""])
+def test_a_tokenizers_own_first_token_leads(start: str) -> None:
+    class WithFirst:
+        def __call__(
+            self, text: str, *, add_special_tokens: bool, verbose: bool
+        ) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+    first, ids = encode_prompt("ab", WithFirst(), start)  # type: ignore[arg-type]
+    assert first + ids == [1, *map(ord, start), ord("a"), ord("b")]
+
+
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
 def test_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, suffix: str) -> None:
     frame = pandas.DataFrame({"text": SENTENCES})
@@ -98,6 +138,15 @@ def test_limits(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = DataConfig(train=path, held_out=path, max_rows=5, max_held_out=3)
     data = load_token_data(config, tokenizer, seed=0)
     assert (len(data.train), len(data.held_out)) == (5, 3)
+
+
+def test_a_start_longer_than_a_sequence_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = str(write_texts(tmp_path / "t.jsonl"))
+    config = DataConfig(train=path, start=SENTENCES[0], max_length=4)
+    with pytest.raises(DataError, match=r"data\.start.* leaves no room .* max_length=4"):
+        load_token_data(config, tokenizer, seed=0)
 
 
 def test_rows_with_nothing_to_predict_are_counted(

@@ -66,6 +66,11 @@ class DataConfig(_Section):
     text_column: str = "text"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
+    start: str = Field(
+        default="",
+        description="read in front of every row and not learned, such as a line break; for models "
+        "whose tokenizer adds no first token",
+    )
     max_length: int = Field(default=512, ge=2, description="tokens per sequence")
     packing: bool = Field(
         default=False,

@@ -58,8 +58,14 @@ def load_token_data(
     """Load, split and tokenise what a configuration names.
 
     Raises:
-        DataError: A source is missing, empty, or has neither text nor prompt and completion.
+        DataError: A source is missing, empty, or has neither text nor prompt and completion; or
+            `data.start` leaves no room for any.
     """
+    if config.start and len(_ids(config.start, tokenizer, special=True)) >= config.max_length:
+        raise DataError(
+            f"data.start={config.start!r} leaves no room for text within "
+            f"max_length={config.max_length} tokens; raise data.max_length."
+        )
     with _quiet_datasets():
         train = _load(config.train, config.train_split, config)
         if config.max_rows is not None:
@@ -118,7 +124,7 @@ def _tokenise(
     if prompt in columns and completion in columns:
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            return _encode_completion(row[prompt], row[completion], tokenizer, config.max_length)
+            return _encode_completion(row[prompt], row[completion], tokenizer, config)
 
     elif config.text_column in columns:
 
@@ -157,21 +163,35 @@ def _tokenise(
 def _encode_text(
     text: object, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> dict[str, list[int]]:
-    ids = _with_end(_ids(text, tokenizer, special=True), tokenizer)
-    if not config.packing:
-        ids = ids[: config.max_length]
-    return {"input_ids": ids, "labels": list(ids)}
+    first, ids = encode_prompt(text, tokenizer, config.start)
+    return _row(first, _with_end(ids, tokenizer), None if config.packing else config.max_length)
 
 
 def _encode_completion(
-    prompt: object, completion: object, tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompt: object, completion: object, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> dict[str, list[int]]:
-    before = _ids(prompt, tokenizer, special=True)
+    first, before = encode_prompt(prompt, tokenizer, config.start)
     after = _with_end(_ids(completion, tokenizer, special=False), tokenizer)
+    return _row(first + before, after, config.max_length)
+
+
+def _row(read: list[int], learned: list[int], max_length: int | None) -> dict[str, list[int]]:
     return {
-        "input_ids": (before + after)[:max_length],
-        "labels": ([IGNORED_LABEL] * len(before) + after)[:max_length],
+        "input_ids": (read + learned)[:max_length],
+        "labels": ([IGNORED_LABEL] * len(read) + learned)[:max_length],
     }
+
+
+def encode_prompt(
+    prompt: object, tokenizer: PreTrainedTokenizerBase, start: str = ""
+) -> tuple[list[int], list[int]]:
+    """Token ids of `start` and of the prompt; the tokenizer's own first token leads.
+
+    Raises:
+        DataError: The prompt is no text.
+    """
+    first = _ids(start, tokenizer, special=True) if start else []
+    return first, _ids(prompt, tokenizer, special=not start)
 
 
 def _ids(text: object, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:

@@ -11,9 +11,10 @@ from torch import nn
 
 from rankwise.experiments.tasks.base import TaskData
 from rankwise.experiments.tasks.judge import Judge
-from rankwise.experiments.tasks.language import CompletionTask, encode_prompt, greedy
+from rankwise.experiments.tasks.language import CompletionTask, greedy
 from rankwise.experiments.tasks.reading import Row, text_of
 from rankwise.profiling.loss import IGNORED_LABEL
+from rankwise.training.data import encode_prompt
 
 
 @dataclass(frozen=True)

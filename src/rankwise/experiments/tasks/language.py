@@ -24,6 +24,7 @@ from rankwise.experiments.tasks.base import Task, TaskData, evenly
 from rankwise.experiments.tasks.reading import Row, text_of
 from rankwise.experiments.tasks.scores import final_number
 from rankwise.profiling.loss import IGNORED_LABEL
+from rankwise.training.data import encode_prompt
 from rankwise.training.evaluate import held_out_loss
 
 
@@ -218,16 +219,6 @@ def encode_completion(
     after = after[:room]
     before = first + before[max(0, len(before) + len(after) - room) :]
     return {"input_ids": before + after, "labels": [IGNORED_LABEL] * len(before) + after}
-
-
-def encode_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, start: str
-) -> tuple[list[int], list[int]]:
-    """Token ids of `start` and of the prompt; the tokenizer's own first token leads."""
-    first = tokenizer(start, verbose=False)["input_ids"] if start else []
-    if not prompt:
-        return first, []
-    return first, tokenizer(prompt, add_special_tokens=not start, verbose=False)["input_ids"]
 
 
 def prompt_of(row: Row) -> list[int]:
