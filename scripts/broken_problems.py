@@ -3,15 +3,17 @@
     python scripts/broken_problems.py experiments/main/gsm8k.yaml gsm8k--ralora--r8--lr0.003--seed0
 
 Trains a finished cell of language modelling again and lists the rows with the largest losses: after
-training, before it, and after training with `--start` in front of the row. A *sink* is a token
+training, before it, and after training with each `--start` in front of the row. A *sink* is a token
 whose hidden state in some layer is at least half as long as the first token's ever gets (massive
-activations: Sun et al. 2024); attention that has nothing to attend to goes there.
+activations: Sun et al. 2024); attention that has nothing to attend to goes there. Below, the
+untrained model's loss on the validation part behind nothing and behind each start.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", type=Path)
     parser.add_argument("cells", nargs="+", help="names of finished cells")
-    parser.add_argument("--start", default="\n", help="text to put in front; default: a line break")
+    parser.add_argument(
+        "--start", nargs="+", default=["\n"], help="texts to put in front; default: a line break"
+    )
     parser.add_argument("--rows", type=int, default=3, help="how many; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -76,25 +80,43 @@ def main() -> None:
 
 
 def show(name: str, model: nn.Module, data: Any, given: argparse.Namespace) -> None:
-    """The rows with the largest losses, worst first, and the median loss of all rows."""
+    """The rows with the largest losses, worst first, and the untrained model behind each start."""
     model.eval()
-    first = data.processor(given.start)["input_ids"]
+    starts = {text: data.processor(text)["input_ids"] for text in given.start}
     seen = [look(model, row, []) for row in data.test]
     order = sorted(range(len(seen)), key=lambda i: -seen[i].loss)[: given.rows]
     rows = [data.test[i] for i in order]
     untrained = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with untrained:
         before = [look(model, row, []) for row in rows]
+        nothing = mean_loss(model, data.validation, [])
+        behind = {text: mean_loss(model, data.validation, ids) for text, ids in starts.items()}
     print(f"{name}, {len(seen)} rows, median loss {median(s.loss for s in seen):.4f}\n")
-    print(f"| row begins with | loss | sinks | untrained | its sinks | behind {given.start!r} |")
-    print("|---|---:|---|---:|---|---:|")
+    columns = ["loss", "sinks", "untrained", "its sinks", *(f"behind {text!r}" for text in starts)]
+    print("| row begins with |", " | ".join(columns), "|")
+    print("|---|---:|---|---:|---|" + "---:|" * len(starts))
     for place, row, base in zip(order, rows, before, strict=True):
         tokens = [data.processor.decode(token) for token in row["input_ids"][:4]]
-        own, behind = seen[place], look(model, row, first)
+        own = seen[place]
+        after = [f"{look(model, row, ids).loss:.3f}" for ids in starts.values()]
         print(
             f"| {' '.join(f'`{token}`' for token in tokens)} | {own.loss:.3f} | {own.sinks} | "
-            f"{base.loss:.3f} | {base.sinks} | {behind.loss:.3f} |"
+            f"{base.loss:.3f} | {base.sinks} | {' | '.join(after)} |"
         )
+    told = ", ".join(f"{loss:.4f} behind {text!r}" for text, loss in behind.items())
+    print(f"\nUntrained, on the validation part: {nothing:.4f}, {told}.")
+
+
+def mean_loss(model: nn.Module, rows: Sequence[dict[str, Any]], start: list[int]) -> float:
+    """Mean over all labelled tokens of the rows, each behind `start`."""
+    # a row's first token is predicted only where something is in front of it
+    counts = [
+        sum(label != IGNORED_LABEL for label in row["labels"][0 if start else 1 :]) for row in rows
+    ]
+    total = sum(
+        look(model, row, start).loss * count for row, count in zip(rows, counts, strict=True)
+    )
+    return total / sum(counts)
 
 
 if __name__ == "__main__":

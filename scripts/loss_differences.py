@@ -3,10 +3,13 @@
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 4 --seeds 0 1 2
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 4
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 --with selection.extend=0
+    python scripts/loss_differences.py experiments/main/gsm8k_start.yaml gsm8k 8 \
+        --against experiments/main/gsm8k.yaml
 
 Of one task, paired over the seeds, with 95 % intervals: the test loss, the median over the test
 problems (where all records have it), and the loss on the validation part, which no single problem
-of the test part can move. Of several budgets a seed counts once, with its mean over them.
+of the test part can move. Of several budgets a seed counts once, with its mean over them. With
+`--against` each method is held against itself in another experiment instead of the reference.
 """
 
 from __future__ import annotations
@@ -74,19 +77,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="the experiment's if none are named")
     parser.add_argument("--scale", choices=("full", "small"), default="full")
     parser.add_argument("--with", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--against", type=Path, help="another experiment with that task")
     given = parser.parse_args()
     config = load_experiment(given.experiment, given.overrides, scale=given.scale)
-    runs = finished_runs(Board(config), given.task, given.ranks, given.seeds or config.seeds)
-    if config.reference_label not in runs:
+    asked = given.task, given.ranks, given.seeds or config.seeds
+    runs = finished_runs(Board(config), *asked)
+    if given.against is not None:
+        other = load_experiment(given.against, scale=given.scale)
+        references = finished_runs(Board(other), *asked)
+        runs = {label: own for label, own in runs.items() if label in references}
+    elif config.reference_label in runs:
+        references = dict.fromkeys(runs, runs[config.reference_label])
+    else:
         parser.error(f"{config.reference_label} has no record of every seed and budget there")
-    reference = runs[config.reference_label]
+    if not runs:
+        parser.error("no method has a record of every seed and budget in both")
     losses = {label: found for label, r in runs.items() if (found := values(r, MEASURES["test"]))}
     print("| method | loss | sd | largest |", " | ".join(MEASURES), "|")
     print("|---|" + "---:|" * (3 + len(MEASURES)))
     for label in sorted(losses, key=lambda label: fmean(losses[label])):
         own = losses[label]
         spread = f"{stdev(own):.4f}" if len(own) > 1 else "–"
-        cells = [difference(runs[label], reference, measure) for measure in MEASURES.values()]
+        cells = [difference(runs[label], references[label], each) for each in MEASURES.values()]
         print(f"| {label} | {fmean(own):.4f} | {spread} | {max(own):.4f} |", " | ".join(cells), "|")
 
 

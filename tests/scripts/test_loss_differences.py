@@ -1,0 +1,61 @@
+"""Paired differences of a comparison's losses, from tiny records."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import yaml
+
+from rankwise.experiments.cell_records import CellRecord
+from rankwise.experiments.compare import run_experiment
+from rankwise.experiments.config import make_experiment
+from script_modules import load_script
+from tiny_experiment import write_experiment
+
+
+def _run(folder: Path, start: str) -> tuple[str, dict[tuple[str, int], CellRecord]]:
+    folder.mkdir()
+    document = write_experiment(folder, methods=["lora", "rslora"], seeds=[0, 1])
+    document["tasks"][0]["start"] = start
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(document))
+    records = run_experiment(make_experiment(document)).records()
+    return str(file), {(r.label, r.seed): r for r in records if r.phase == "final"}
+
+
+def test_each_method_less_the_reference_or_itself_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, runs = _run(tmp_path / "plain", "")
+    other, started = _run(tmp_path / "started", "the ")
+    script = load_script("loss_differences")
+
+    def printed(*more: str) -> dict[str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["loss_differences", file, "lines", "2", *more])
+        script.main()
+        lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+        return {cells[0]: cells[1:] for cells in lines[2:]}
+
+    def less(label: str, references: dict[tuple[str, int], CellRecord], reference: str) -> float:
+        return fmean(
+            (runs[label, seed].test or {})["loss"]
+            - (references[reference, seed].test or {})["loss"]
+            for seed in (0, 1)
+        )
+
+    rows = printed()
+    assert rows["lora"][3] == "–"
+    assert float(rows["rslora"][3].split()[0]) == pytest.approx(
+        less("rslora", runs, "lora"), abs=1e-4
+    )
+    rows = printed("--against", other)
+    for label in ("lora", "rslora"):
+        expected = less(label, started, label)
+        assert expected != 0
+        assert float(rows[label][3].split()[0]) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(SystemExit):
+        printed("--seeds", "7")
+    assert "no record of every seed" in capsys.readouterr().err
