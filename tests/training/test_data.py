@@ -93,13 +93,15 @@ def test_prompts_come_after_the_start(tmp_path: Path, tokenizer: PreTrainedToken
 @pytest.mark.parametrize("start", ["\n", ""])
 def test_a_tokenizers_own_first_token_leads(start: str) -> None:
     class WithFirst:
+        bos_token_id = 1
+
         def __call__(
             self, text: str, *, add_special_tokens: bool, verbose: bool
         ) -> dict[str, list[int]]:
             return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
 
     first, ids = encode_prompt("ab", WithFirst(), start)  # type: ignore[arg-type]
-    assert first + ids == [1, *map(ord, start), ord("a"), ord("b")]
+    assert (first, ids) == ([1, *map(ord, start)], [ord("a"), ord("b")])
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])

@@ -185,13 +185,16 @@ def _row(read: list[int], learned: list[int], max_length: int | None) -> dict[st
 def encode_prompt(
     prompt: object, tokenizer: PreTrainedTokenizerBase, start: str = ""
 ) -> tuple[list[int], list[int]]:
-    """Token ids of `start` and of the prompt; the tokenizer's own first token leads.
+    """Token ids of what stays first, which is `start` and the tokenizer's own, and of the prompt.
 
     Raises:
         DataError: The prompt is no text.
     """
-    first = _ids(start, tokenizer, special=True) if start else []
-    return first, _ids(prompt, tokenizer, special=not start)
+    if start:
+        return _ids(start, tokenizer, special=True), _ids(prompt, tokenizer, special=False)
+    ids = _ids(prompt, tokenizer, special=True)
+    own = int(ids[:1] == [tokenizer.bos_token_id])
+    return ids[:own], ids[own:]
 
 
 def _ids(text: object, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:

@@ -136,11 +136,12 @@ class TestCompletion:
         cut = CompletionTask(**options, start="\n", max_length=12).load().test[0]
         assert len(cut["input_ids"]) == 12
         assert cut["input_ids"] == first + plain.test[0]["input_ids"][len(first) - 12 :]
-        with pytest.raises(DataError, match="fills all of max_length=1; raise"):
+        with pytest.raises(DataError, match="fills all of max_length=1; raise it"):
             CompletionTask(**options, start="\n", max_length=1).load()
 
     def test_a_tokenizers_own_first_token_stays_first(self):
         class WithFirst:
+            bos_token_id = 1
             eos_token_id = None
 
             def __call__(self, text, *, add_special_tokens=True, verbose=True):
@@ -150,6 +151,8 @@ class TestCompletion:
         assert row["input_ids"] == [1, 10, ord("q"), ord("a")]
         assert encode_completion("q", "a", WithFirst(), 8)["input_ids"] == [1, ord("q"), ord("a")]
         assert encode_completion("", "a", WithFirst(), 8, start="\n")["input_ids"] == [1, 10, 97]
+        assert encode_completion("", "a", WithFirst(), 8)["input_ids"] == [1, 97]
+        assert encode_completion("bcdef", "a", WithFirst(), 4)["input_ids"] == [1, 101, 102, 97]
 
     def test_blank_rows_of_plain_text_are_left_out(self, folder, tmp_path):
         texts = ["one", "", "two", "  ", "three", "four"]

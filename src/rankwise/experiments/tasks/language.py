@@ -206,13 +206,17 @@ def encode_completion(
 ) -> Row:
     """Token ids of both after `start`, only the completion labelled; a long prompt loses its front.
 
+    The tokenizer's own first token is never lost.
+
     Raises:
         DataError: `start` leaves no room.
     """
     first, before = encode_prompt(prompt, tokenizer, start)
     room = max_length - len(first)
     if room <= 0:
-        raise DataError(f"start={start!r} fills all of max_length={max_length}; raise max_length.")
+        raise DataError(
+            f"what stands first (start={start!r}) fills all of max_length={max_length}; raise it."
+        )
     after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         after = [*after, tokenizer.eos_token_id]
