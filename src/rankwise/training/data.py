@@ -164,6 +164,8 @@ def _encode_text(
     text: object, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> dict[str, list[int]]:
     first, ids = encode_prompt(text, tokenizer, config.start)
+    if not config.start:  # a tokenizer's own first token is learned between packed texts
+        first, ids = [], first + ids
     return _row(first, _with_end(ids, tokenizer), None if config.packing else config.max_length)
 
 
