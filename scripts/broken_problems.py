@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from rankwise.experiments.board import Board
 from rankwise.experiments.config import load_experiment
 from rankwise.experiments.running import train_cell
 from rankwise.profiling.loss import IGNORED_LABEL
+from rankwise.training.evaluate import held_out_loss
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,25 @@ class Seen:
 
 def look(model: nn.Module, row: dict[str, Any], start: list[int]) -> Seen:
     """Loss and sinks of one row behind `start`; places count from the row's own first token."""
-    ids = torch.tensor([start + row["input_ids"]])
-    labels = torch.tensor([IGNORED_LABEL] * len(start) + row["labels"])
+    whole = behind(row, start)
+    labels = torch.tensor(whole["labels"])
     with torch.no_grad():
-        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        output = model(
+            input_ids=torch.tensor([whole["input_ids"]]), use_cache=False, output_hidden_states=True
+        )
     loss = F.cross_entropy(output.logits[0, :-1], labels[1:], ignore_index=IGNORED_LABEL)
     # the last state is normalised, so the layers' own are the ones before it
     longest = torch.stack([state[0].norm(dim=-1) for state in output.hidden_states[:-1]]).amax(0)
     sinks = (longest >= longest[0] / 2).nonzero()[:, 0] - len(start)
     return Seen(float(loss), sinks.tolist())
+
+
+def behind(row: dict[str, Any], start: list[int]) -> dict[str, Any]:
+    """The row behind tokens that are read and not learned."""
+    return {
+        "input_ids": start + row["input_ids"],
+        "labels": [IGNORED_LABEL] * len(start) + row["labels"],
+    }
 
 
 def main() -> None:
@@ -89,8 +99,12 @@ def show(name: str, model: nn.Module, data: Any, given: argparse.Namespace) -> N
     untrained = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with untrained:
         before = [look(model, row, []) for row in rows]
-        nothing = mean_loss(model, data.validation, [])
-        behind = {text: mean_loss(model, data.validation, ids) for text, ids in starts.items()}
+        losses = {
+            text: held_out_loss(
+                model, data.batches([behind(row, ids) for row in data.validation], 16), step=0
+            ).loss
+            for text, ids in {"": [], **starts}.items()
+        }
     print(f"{name}, {len(seen)} rows, median loss {median(s.loss for s in seen):.4f}\n")
     columns = ["loss", "sinks", "untrained", "its sinks", *(f"behind {text!r}" for text in starts)]
     print("| row begins with |", " | ".join(columns), "|")
@@ -103,20 +117,8 @@ def show(name: str, model: nn.Module, data: Any, given: argparse.Namespace) -> N
             f"| {' '.join(f'`{token}`' for token in tokens)} | {own.loss:.3f} | {own.sinks} | "
             f"{base.loss:.3f} | {base.sinks} | {' | '.join(after)} |"
         )
-    told = ", ".join(f"{loss:.4f} behind {text!r}" for text, loss in behind.items())
-    print(f"\nUntrained, on the validation part: {nothing:.4f}, {told}.")
-
-
-def mean_loss(model: nn.Module, rows: Sequence[dict[str, Any]], start: list[int]) -> float:
-    """Mean over all labelled tokens of the rows, each behind `start`."""
-    # a row's first token is predicted only where something is in front of it
-    counts = [
-        sum(label != IGNORED_LABEL for label in row["labels"][0 if start else 1 :]) for row in rows
-    ]
-    total = sum(
-        look(model, row, start).loss * count for row, count in zip(rows, counts, strict=True)
-    )
-    return total / sum(counts)
+    told = ", ".join(f"{loss:.4f} behind {text!r}" for text, loss in losses.items())
+    print(f"\nUntrained, on the validation part: {told}.")
 
 
 if __name__ == "__main__":

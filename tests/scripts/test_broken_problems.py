@@ -19,8 +19,9 @@ from tiny_experiment import write_experiment
 def test_a_cell_trained_again_has_its_recorded_loss_and_its_worst_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = write_experiment(tmp_path, methods=["lora"], seeds=[0])
-    record = run_experiment(make_experiment(document)).records()[0]
+    document = write_experiment(tmp_path, methods=["lora", "zero-shot"], seeds=[0])
+    records = {r.method: r for r in run_experiment(make_experiment(document)).records()}
+    record, untrained = records["lora"], records["zero-shot"]
     assert record.test is not None
     file = tmp_path / "experiment.yaml"
     file.write_text(yaml.safe_dump(document))
@@ -32,6 +33,8 @@ def test_a_cell_trained_again_has_its_recorded_loss_and_its_worst_row(
     assert f"Test loss {loss}, recorded {loss}." in said
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `")]
     assert len(rows) == 2
+    loss = f"{untrained.validation[-1].metrics['loss']:.4f}"
+    assert f"Untrained, on the validation part: {loss} behind ''," in said
     assert float(rows[0][1]) == pytest.approx(record.test["worst_loss"], abs=1e-3)
     assert float(rows[1][1]) <= float(rows[0][1])
     monkeypatch.setattr(sys, "argv", ["broken_problems", str(file), "lines--dora"])

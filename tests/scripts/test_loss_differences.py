@@ -59,3 +59,6 @@ def test_each_method_less_the_reference_or_itself_elsewhere(
     with pytest.raises(SystemExit):
         printed("--seeds", "7")
     assert "no record of every seed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        printed("--against", other, "--seeds", "7")
+    assert "in both" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rankwise.errors import DataError
@@ -102,6 +103,22 @@ def test_a_tokenizers_own_first_token_leads(start: str) -> None:
 
     first, ids = encode_prompt("ab", WithFirst(), start)  # type: ignore[arg-type]
     assert (first, ids) == ([1, *map(ord, start)], [ord("a"), ord("b")])
+
+
+def test_packed_texts_learn_the_tokenizers_own_first_token(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path / "model"))
+    first = tokenizer("the")["input_ids"][0]
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(first)
+    own = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, first)]
+    )
+    tokenizer.backend_tokenizer.post_processor = own
+    path = str(write_rows(tmp_path / "t.jsonl", [{"text": "brown fox"}] * 2))
+    row = load_token_data(
+        DataConfig(train=path, held_out=path, packing=True), tokenizer, seed=0
+    ).train[0]
+    assert row["input_ids"].count(first) == 2
+    assert row["labels"] == row["input_ids"]
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
