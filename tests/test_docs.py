@@ -66,3 +66,39 @@ def test_documented_defaults_are_the_defaults() -> None:
         for part in key.split("."):
             value = getattr(value, part)
         assert str(value).lower() == default, key
+
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for part in ("*.md", "docs/**/*.md", "experiments/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(part)
+)
+
+
+def _headings(page: Path) -> set[str]:
+    """The anchors a page's headings get where Markdown is shown: lower case, spaces as hyphens."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def _broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in _headings(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_pages_lead_somewhere(name: str) -> None:
+    assert _broken_links(ROOT / name) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One part\n[a](#one-part) [b](#another) [c](gone.md) [d](https://x.org)\n")
+    assert _broken_links(page) == ["#another", "gone.md"]
