@@ -150,3 +150,19 @@ def test_full_fine_tuning_trains_the_targets_and_what_is_kept():
     assert names == {f"{target}.weight" for target in job.targets} | {"lm_head.weight"}
     model(**job.batches[0]).loss.backward()
     assert all(p.grad is not None for p in _trainable(model))
+
+
+@pytest.mark.parametrize("name", ["vera", "randlora", "fourierft"])
+def test_what_is_drawn_and_not_trained_follows_the_seed(name):
+    def outputs(seed):
+        torch.manual_seed(0)  # what is trained starts alike
+        job = replace(_job(), seed=seed)
+        model = BASELINES[name].adapt(job).model
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad and "lambda" in key:
+                    parameter.fill_(0.1)  # otherwise the update is zero
+            return model(**job.batches[0]).logits
+
+    assert torch.equal(outputs(1), outputs(1))
+    assert not torch.equal(outputs(1), outputs(2))

@@ -31,7 +31,15 @@ from torch.optim import AdamW, Optimizer
 
 from rankwise.errors import ConfigError, nearest
 from rankwise.experiments.drivers import AdaLoraDriver
-from rankwise.experiments.sizing import Adapted, Baseline, Batch, ConfigFactory, Job, Size
+from rankwise.experiments.sizing import (
+    Adapted,
+    Baseline,
+    Batch,
+    ConfigFactory,
+    Job,
+    Size,
+    lora_cost,
+)
 from rankwise.targets import LinearShape
 
 NOT_AVAILABLE: Mapping[str, str] = {
@@ -57,11 +65,6 @@ SIZE_OPTIONS = frozenset(
 def _unlimited(_: LinearShape) -> int:
     """VeRA's and RandLoRA's random bases may be larger than the weight."""
     return 2**62
-
-
-def lora_cost(shape: LinearShape, size: int) -> int:
-    """`r (d_in + d_out)`."""
-    return size * shape.rank_cost
 
 
 def _rank_patterns(size: Size) -> tuple[int, dict[str, int]]:
@@ -131,17 +134,20 @@ def _adalora(job: Job, size: Size) -> PeftConfig:
 
 
 def _vera(job: Job, size: Size) -> PeftConfig:
-    return VeraConfig(r=size.common, **common_options(job))
+    return VeraConfig(r=size.common, projection_prng_key=job.seed, **common_options(job))
 
 
 def _randlora(job: Job, size: Size) -> PeftConfig:
-    return RandLoraConfig(r=size.common, **common_options(job))
+    return RandLoraConfig(r=size.common, projection_prng_key=job.seed, **common_options(job))
 
 
 def _fourierft(job: Job, size: Size) -> PeftConfig:
     """Scaling 300 as in the RaLoRA paper's comparison."""
     n = size.common
-    return FourierFTConfig(n_frequency=n, scaling=300.0, **common_options(job))
+    seed = job.seed
+    return FourierFTConfig(
+        n_frequency=n, scaling=300.0, random_loc_seed=seed, **common_options(job)
+    )
 
 
 def _ia3(job: Job, size: Size) -> PeftConfig:
@@ -316,6 +322,7 @@ BASELINES: Mapping[str, Baseline] = {
             _vera,
             sizes=(1, 4096),
             limit=_unlimited,
+            revision=2,  # the first drew the same projections for every seed
         ),
         Baseline(
             "randlora",
@@ -323,6 +330,7 @@ BASELINES: Mapping[str, Baseline] = {
             lambda shape, r: -(-shape.max_rank // r) * (r + shape.max_rank),
             _randlora,
             limit=_unlimited,
+            revision=2,  # as vera
         ),
         Baseline(
             "fourierft",
@@ -331,6 +339,7 @@ BASELINES: Mapping[str, Baseline] = {
             _fourierft,
             sizes=(1, 2**17),
             limit=lambda shape: shape.d_in * shape.d_out,
+            revision=2,  # the first chose the same frequencies for every seed
         ),
         Baseline("ia3", "Liu et al. 2022", lambda shape, _: shape.d_out, _ia3, sizes=(1, 1)),
     )

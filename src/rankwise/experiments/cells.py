@@ -56,6 +56,7 @@ class Cell:
         training = task.training.hashed()
         if self.phase == "search":
             training |= {"steps": self.steps}
+        revision = self.method.contestant.revision
         return {
             "version": SETTINGS_VERSION,
             "task": {"kind": task.kind, **task.options},
@@ -67,6 +68,7 @@ class Cell:
             "phase": self.phase,
             "training": training,
             "profile": task.profile.model_dump(mode="json"),
+            **({"revision": revision} if revision > 1 else {}),
         }
 
     @cached_property

@@ -32,6 +32,11 @@ class Contestant(ABC):
     budgeted: bool = True
     """Whether the budget changes anything."""
 
+    @property
+    def revision(self) -> int:
+        """As `Baseline.revision`."""
+        return 1
+
     def profile_batches(self) -> int | None:
         """How many batches of gradients it wants measured; None if it needs no profile."""
         return None
@@ -56,6 +61,11 @@ class Sized(Contestant):
     baseline: Baseline
     options: Mapping[str, Any] = field(default_factory=dict)
     ours: bool = False
+
+    @property
+    def revision(self) -> int:
+        """The baseline's."""
+        return self.baseline.revision
 
     def solve(self, targets: Shapes, budget: int) -> Size:
         """By its cost."""

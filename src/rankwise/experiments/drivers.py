@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import nn
+from peft import AdaLoraConfig, PeftModel
 from torch.optim import Optimizer
 
 from rankwise.dynamic import DynamicRanks
@@ -43,12 +43,22 @@ class Driver:
 class AdaLoraDriver(Driver):
     """Calls AdaLoRA's `update_and_allocate` after each step, as its authors do."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PeftModel) -> None:
         self._model = model
 
     def after_step(self, step: int) -> None:
         """Let AdaLoRA average its importances and prune."""
-        self._model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
+        self._model.base_model.update_and_allocate(step)  # type: ignore[operator]
+
+    def ranks(self) -> dict[str, int] | None:
+        """How many triplets of each module are left; None before any was pruned.
+
+        AdaLoRA's target is a number of triplets over all modules, whose sizes differ.
+        """
+        config = self._model.peft_config["default"]
+        assert isinstance(config, AdaLoraConfig)
+        left: dict[str, list[bool]] = config.rank_pattern or {}
+        return {name.partition(".lora_E")[0]: sum(kept) for name, kept in left.items()} or None
 
 
 class DynamicDriver(Driver):

@@ -13,8 +13,8 @@ from torch.optim import AdamW, Optimizer
 from rankwise.adapters import LrLoraConfig, RaLoraConfig, lr_lora_param_groups
 from rankwise.adapters.transfer import BASES
 from rankwise.errors import ConfigError, nearest
-from rankwise.experiments.baselines import SIZE_OPTIONS, common_options, lora_cost
-from rankwise.experiments.sizing import Baseline, Job, OptimizerFactory, Size
+from rankwise.experiments.baselines import SIZE_OPTIONS, common_options
+from rankwise.experiments.sizing import Baseline, Job, OptimizerFactory, Size, lora_cost
 
 AMPLITUDE_RATIO = "amplitude_ratio"
 MELORA_BLOCKS = 4

@@ -153,7 +153,7 @@ def _adapt(cell: Cell, bench: Bench, profile: GradientProfile | None) -> tuple[A
     job = Job(
         base.fresh(),
         base.targets,
-        (cell.rank or 1) * cost,
+        (1 if cell.rank is None else cell.rank) * cost,
         _Lazy(lambda: bench.first_batches(cell.task, cell.seed, batches)),
         cell.steps,
         keep=task.keep,
@@ -217,7 +217,7 @@ def _final_size(adapted: Adapted, job: Job) -> Size | None:
     ranks, size = adapted.driver.ranks(), adapted.size
     if ranks is None or size is None:
         return size
-    parameters = sum(rank * job.targets[name].rank_cost for name, rank in ranks.items())
+    parameters = sum(adapted.cost(job.targets[name], rank) for name, rank in ranks.items())
     return Size(ranks, parameters, size.budget)
 
 

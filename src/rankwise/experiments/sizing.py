@@ -91,6 +91,15 @@ class Size:
         return f"size {size}, {self.parameters:,} parameters ({off:+.1%} of the budget)"
 
 
+CostFunction = Callable[[LinearShape, int], int]
+"""`(shape, size) -> trainable parameters` of one module."""
+
+
+def lora_cost(shape: LinearShape, size: int) -> int:
+    """`r (d_in + d_out)`."""
+    return size * shape.rank_cost
+
+
 @dataclass(frozen=True)
 class Adapted:
     """A model ready to be trained.
@@ -100,16 +109,16 @@ class Adapted:
         size: What was solved for; None for full fine-tuning and zero-shot.
         make_optimizer: In place of AdamW over all trainable parameters, if the method has its own.
         driver: What it does beside gradient steps.
+        cost: Of a module at a size, where the driver changes sizes.
     """
 
     model: nn.Module
     size: Size | None = None
     make_optimizer: OptimizerFactory | None = None
     driver: Driver = field(default_factory=Driver)
+    cost: CostFunction = lora_cost
 
 
-CostFunction = Callable[[LinearShape, int], int]
-"""`(shape, size) -> trainable parameters` of one module."""
 ConfigFactory = Callable[[Job, Size], PeftConfig]
 
 
@@ -135,6 +144,8 @@ class Baseline:
         allocated: Parameters of a module that the optimizer holds, where they are more than `cost`.
         limit: Largest size that a module can have.
         shared: Parameters that all modules have in common.
+        revision: Counts up when the same settings begin to mean something else, so that old records
+            of this method do not fit.
         redistributes: Whether it moves ranks between modules by itself, so that the parameters are
             known only afterwards.
     """
@@ -153,6 +164,7 @@ class Baseline:
     redistributes: bool = False
     limit: Callable[[LinearShape], int] = _max_rank
     shared: int = 0
+    revision: int = 1
 
     def solve(self, targets: Mapping[str, LinearShape], budget: int) -> Size:
         """The size whose cost is nearest the budget.
@@ -223,7 +235,8 @@ class Baseline:
         if self.finish is not None:
             self.finish(job, model)
         driver = Driver() if self.driver is None else self.driver(model)
-        return Adapted(model, self._check(job, size, model), self.optimizer, driver)
+        size = self._check(job, size, model)
+        return Adapted(model, size, self.optimizer, driver, self.cost)
 
     def _check(self, job: Job, size: Size, model: PeftModel) -> Size:
         """The size as PEFT carried it out."""
@@ -233,7 +246,7 @@ class Baseline:
             if parameter.requires_grad and ".modules_to_save." not in name
         )
         if self.redistributes:
-            return replace(size, parameters=found)
+            return replace(size, values=_ranks_of(model, job.targets), parameters=found)
         cost = self.allocated or self.cost
         costs = (cost(job.targets[name], value) for name, value in size.values.items())
         expected = self.shared + sum(costs)
@@ -243,6 +256,13 @@ class Baseline:
                 "expected; the formula is not for this version of PEFT."
             )
         return size
+
+
+def _ranks_of(model: PeftModel, targets: Iterable[str]) -> dict[str, int]:
+    """Ranks of PEFT's LoRA layers; 0 for modules that have none."""
+    layers = dict(model.get_base_model().named_modules())
+    ranks = {name: getattr(layers[name], "r", {}) for name in targets}
+    return {name: int(rank.get("default", 0)) for name, rank in ranks.items()}
 
 
 def _evenly_spread(names: Sequence[str]) -> list[str]:
