@@ -14,7 +14,7 @@ from rankwise.experiments.bench import PROFILES, Bench, training_batches
 from rankwise.experiments.cells import Cell, make_groups
 from rankwise.experiments.config import make_experiment
 from rankwise.experiments.peak import PeakMemory
-from rankwise.experiments.running import run_cell
+from rankwise.experiments.running import run_cell, train_cell
 from rankwise.experiments.tasks import TaskData
 from tiny_experiment import write_experiment
 from tiny_folder import SENTENCES, save_tiny_llama, write_rows
@@ -160,3 +160,39 @@ def test_peak_memory_is_that_of_the_part_alone() -> None:
     else:
         assert peak is not None
         assert 30 < peak - memory.before < 60
+
+
+def test_other_data_get_another_profile(tmp_path: Path) -> None:
+    cell = _cells(write_experiment(tmp_path, methods=["ralora"]))[0]
+    before = Bench(tmp_path, CPU).profile(cell)
+    rows = [{"question": f"another {i}", "answer": f"text {i}"} for i in range(30)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    after = Bench(tmp_path, CPU).profile(cell)
+    assert before is not None and after is not None
+    assert before.gid != after.gid
+
+
+def test_adalora_counts_the_triplets_that_are_left(tmp_path: Path) -> None:
+    document = write_experiment(tmp_path, methods=["adalora"], training={"steps": 20})
+    bench = Bench(tmp_path / "out", CPU)
+    cell = _cells(document)[0]
+    trained = train_cell(cell, bench)
+    layers = dict(trained.adapted.model.get_base_model().named_modules())  # type: ignore[operator]
+    left, parameters = {}, 0
+    for name, shape in bench.base(cell.task, cell.seed).targets.items():
+        left[name] = int(layers[name].lora_E["default"].count_nonzero())
+        parameters += left[name] * (shape.d_in + shape.d_out + 1)
+    assert trained.size is not None
+    assert trained.size.values == left and len(set(left.values())) > 1
+    assert trained.size.parameters == parameters
+
+
+@pytest.mark.filterwarnings("ignore:.*(EVA|eva|svd|redistribution).*")
+def test_eva_has_the_ranks_that_it_moved(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "out", CPU)
+    cell = _cells(write_experiment(tmp_path, methods=["eva"], budgets=[4], reference={}))[0]
+    size = train_cell(cell, bench).size
+    assert size is not None
+    targets = bench.base(cell.task, cell.seed).targets
+    assert len(set(size.values.values())) > 1
+    assert size.parameters == sum(rank * targets[n].rank_cost for n, rank in size.values.items())

@@ -118,7 +118,9 @@ class Bench:
         if own is None:
             return None
         count = task.profile.batches or own
-        folder = self._folder / PROFILES / _profile_name(cell, contestant.statistics(), count)
+        sources = self.data(task).fingerprint, self.base(task, cell.seed).fingerprint
+        name = _profile_name(cell, contestant.statistics(), count, sources)
+        folder = self._folder / PROFILES / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
@@ -182,11 +184,15 @@ def _quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _profile_name(cell: Cell, statistics: Sequence[str], batches: int) -> str:
+def _profile_name(
+    cell: Cell, statistics: Sequence[str], batches: int, sources: tuple[str, str]
+) -> str:
+    """Another one for other settings, data (`sources[0]`) or weights (`sources[1]`)."""
     task = cell.task
     settings: dict[str, Any] = {
         "task": {"kind": task.kind, **task.options},
         "targets": task.targets,
+        "sources": sources,
         "seed": cell.seed,
         "batch_size": task.profile.batch_size or task.training.batch_size,
     }
