@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rankwise.errors import ConfigError, FileError
 from rankwise.experiments import compare as compare_module
 from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
@@ -16,6 +17,7 @@ from rankwise.experiments.dry_run import dry_run
 from rankwise.experiments.result_tables import markdown, save_results, terminal_table
 from rankwise.experiments.results import make_results
 from tiny_experiment import write_experiment
+from tiny_folder import write_rows
 
 
 def _run(document: dict[str, Any]) -> Board:
@@ -265,3 +267,51 @@ def test_durations() -> None:
     assert duration(12.4) == "12 s"
     assert duration(600) == "10 min"
     assert duration(7270) == "2 h 1 min"
+
+
+def test_a_failure_is_that_of_its_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [1e-3, 1e-2]
+    document = write_experiment(tmp_path, methods=["lora"], seeds=[0], learning_rates=rates)
+    document["workspace"] = str(tmp_path / "runs")
+    real = compare_module.run_cell
+
+    def broken(cell: Any, *arguments: Any) -> CellRecord:
+        if cell.learning_rate == 1e-2:
+            raise RuntimeError("out of luck")
+        return real(cell, *arguments)
+
+    monkeypatch.setattr(compare_module, "run_cell", broken)
+    first = _run(document)
+    monkeypatch.setattr(compare_module, "run_cell", real)
+    failed = list(first.folder.glob("*.failed.json"))
+    assert [p.name for p in failed] == [
+        cell.file_name.replace(".json", ".failed.json")
+        for cell in first.cells()
+        if cell.learning_rate == 1e-2
+    ]
+    longer = document | {"training": document["training"] | {"steps": 5}}
+    other = _run(longer | {"output": str(tmp_path / "longer")})
+    assert len(other.records()) == other.total() == 3
+    assert set(other.choice(other.groups[0]).scores) == set(rates)
+    assert list(first.folder.glob("*.failed.json")) == failed
+
+
+def test_changed_data_stop_the_command_before_the_first_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], seeds=[0])
+    _run(document)
+    rows = [{"question": f"another {i}", "answer": f"text {i}"} for i in range(30)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    monkeypatch.setattr(compare_module, "run_cell", None)
+    with pytest.raises(ConfigError, match="task lines: its data are not those that its finished"):
+        _run(document | {"seeds": [0, 1]})
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], seeds=[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        _run(document | {"output": str(tmp_path / "file" / "out")})

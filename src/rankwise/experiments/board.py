@@ -49,7 +49,7 @@ class Board:
 
     def failure_path(self, cell: Cell) -> Path:
         """Where it says why the cell failed, if it did."""
-        return self.path(cell).with_suffix("").with_suffix(FAILED)
+        return self.folder / (cell.file_name.removesuffix(".json") + FAILED)
 
     def record(self, cell: Cell) -> CellRecord | None:
         """The cell's record, if it is finished.

@@ -21,11 +21,11 @@ from rankwise.errors import ConfigError
 from rankwise.experiments.architectures import read_config
 from rankwise.experiments.bench import Bench
 from rankwise.experiments.board import Board
-from rankwise.experiments.cell_records import FAILED, FailureRecord
+from rankwise.experiments.cell_records import FailureRecord
 from rankwise.experiments.cells import Cell, Group
 from rankwise.experiments.config import ExperimentConfig
 from rankwise.experiments.running import run_cell
-from rankwise.files import write_text
+from rankwise.files import write_errors_explained, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +75,19 @@ def run_experiment(
         The board with all records there are.
 
     Raises:
-        ConfigError: The device is not there, or a model.
+        ConfigError: The device is not there, or a model; or a task's data have changed.
         DataError: A task's data cannot be read.
+        FileError: The folder cannot be written to.
     """
     bench = Bench(config.runs_folder, choose_device(config.device))
     board = Board(config)
     _find_sources(board, bench)
-    board.folder.mkdir(parents=True, exist_ok=True)
-    (config.runs_folder / LOCKS).mkdir(exist_ok=True)
+    with write_errors_explained(config.runs_folder):
+        board.folder.mkdir(parents=True, exist_ok=True)
+        (config.runs_folder / LOCKS).mkdir(exist_ok=True)
     write_text(Path(config.output) / EXPERIMENT_FILE, config.model_dump_json(indent=1) + "\n")
-    for failure in board.folder.glob(f"*{FAILED}"):
-        failure.unlink()  # they are tried again
+    for cell in list(board.cells()):
+        board.failure_path(cell).unlink(missing_ok=True)  # they are tried again
     watch = _Watch(board, notify, show)
     if config.workers == 1:
         if config.threads is not None:
@@ -101,14 +103,21 @@ def _find_sources(board: Board, bench: Bench) -> None:
     """Load the data, and look for the model, of every task that has cells to run.
 
     Raises:
-        ConfigError: A model is not there.
+        ConfigError: A model is not there, or the data are not those of the task's records.
         DataError: A task's data cannot be read.
     """
     tasks = {g.task.name: g.task for g in board.groups if not _is_finished(board, g)}
     for model in dict.fromkeys(task.task.model for task in tasks.values()):
         read_config(model)
+    records = board.records() if tasks else []
     for task in tasks.values():
-        bench.data(task)
+        found = bench.data(task).fingerprint
+        if any(r.data_fingerprint != found for r in records if r.task == task.name):
+            raise ConfigError(
+                f"task {task.name}: its data are not those that its finished records were made "
+                "with, although the settings are the same; restore what changed, or choose another "
+                "output."
+            )
 
 
 def _is_finished(board: Board, group: Group) -> bool:
