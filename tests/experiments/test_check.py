@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rankwise.errors import ConfigError, FileError
+from rankwise.experiments import check as check_module
+from rankwise.experiments.bench import Bench
 from rankwise.experiments.board import Board
+from rankwise.experiments.cell_records import CellRecord
+from rankwise.experiments.cells import Cell
 from rankwise.experiments.check import (
     Check,
     against_table,
@@ -120,3 +125,48 @@ def test_records_against_those_of_another_folder(
     assert "+0.000000" in text and "other settings there: lines--ralora" in text
     with pytest.raises(FileError, match="holds no records"):
         compare_records(board, tmp_path)
+
+
+def test_a_cell_is_checked_with_the_threads_of_its_record(
+    finished: tuple[dict[str, Any], Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "lines--lora--r2--lr0.01--seed0"
+    now = torch.get_num_threads()
+    seen = []
+    real = check_module.run_cell
+
+    def run(cell: Cell, bench: Bench) -> CellRecord:
+        seen.append(torch.get_num_threads())
+        return real(cell, bench)
+
+    board = finished[1]
+    cell = board.find(name)
+    assert cell is not None
+    record = board.record(cell)
+    assert record is not None
+    monkeypatch.setattr(check_module, "run_cell", run)
+    recorded = replace(record, hardware=record.hardware | {"torch_threads": now + 1})
+    monkeypatch.setattr(board, "record", lambda _: recorded)
+    check_cell(board, name)
+    assert seen == [now + 1] and torch.get_num_threads() == now
+
+
+def test_a_record_of_other_data_is_not_checked(
+    finished: tuple[dict[str, Any], Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, name = finished[1], "lines--lora--r2--lr0.01--seed0"
+    cell = board.find(name)
+    assert cell is not None
+    record = board.record(cell)
+    assert record is not None
+    monkeypatch.setattr(board, "record", lambda _: replace(record, data_fingerprint="other"))
+    with pytest.raises(ConfigError, match="the task's data are not those of its record"):
+        check_cell(board, name)
+
+
+def test_one_that_diverged_does_not_reproduce_one_that_did_not() -> None:
+    interval = (0.9, 1.1)
+    assert Check("a", "loss", 1.0, 1.05, exact=False, interval=interval).reproduced
+    assert not Check("a", "loss", None, 1.0, exact=False, interval=interval).reproduced
+    assert not Check("a", "loss", 1.0, None, exact=False, interval=interval).reproduced
+    assert Check("a", "loss", None, None, exact=True, interval=interval).reproduced

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import torch
 from scipy import stats
 
 from rankwise.errors import ConfigError, FileError, nearest
@@ -47,8 +49,9 @@ class Check:
     @property
     def reproduced(self) -> bool:
         """Exactly, or within the interval."""
-        if self.exact or self.interval is None or self.found is None:
+        if self.exact or None in (self.interval, self.found, self.recorded):
             return self.exact
+        assert self.interval is not None and self.found is not None
         return self.interval[0] <= self.found <= self.interval[1]
 
     def __str__(self) -> str:
@@ -65,12 +68,14 @@ class Check:
 def check_cell(board: Board, name: str) -> Check:
     """Run a finished cell again, its profile too, and compare.
 
+    On a CPU with as many threads as the record's, which the last bits depend on.
+
     Args:
         board: The experiment.
         name: Of the cell, with or without its hash.
 
     Raises:
-        ConfigError: There is no such cell, or it has no record.
+        ConfigError: There is no such cell, it has no record, or that is of other data.
     """
     cell = board.find(name)
     if cell is None:
@@ -80,8 +85,11 @@ def check_cell(board: Board, name: str) -> Check:
     recorded = board.record(cell)
     if recorded is None:
         raise ConfigError(f"--check {name!r}: it has no record yet; run the experiment first.")
-    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
-        found = run_cell(cell, Bench(Path(scratch), choose_device(board.config.device)))
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch, _threads_of(recorded):
+        bench = Bench(Path(scratch), choose_device(board.config.device))
+        if bench.data(cell.task).fingerprint != recorded.data_fingerprint:
+            raise ConfigError(f"--check {name!r}: the task's data are not those of its record.")
+        found = run_cell(cell, bench)
     group = next(g for g in board.groups if cell in (*board.search(g), *board.finals(g)))
     values = [
         record.value
@@ -91,6 +99,17 @@ def check_cell(board: Board, name: str) -> Check:
     interval = prediction_interval(values) if cell.phase == "final" else None
     same = have_same_outcome(found, recorded)
     return Check(cell.name, found.metric, recorded.value, found.value, same, interval)
+
+
+@contextmanager
+def _threads_of(record: CellRecord) -> Iterator[None]:
+    """As many threads as the record's run had."""
+    now = torch.get_num_threads()
+    torch.set_num_threads(int(record.hardware.get("torch_threads", now)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
 
 
 def have_same_outcome(a: CellRecord, b: CellRecord) -> bool:
