@@ -363,3 +363,29 @@ def test_the_reference_may_be_another(tmp_path: Path) -> None:
         make_experiment(_document(tmp_path, reference={"method": "loar"}))
     with pytest.raises(ConfigError, match=r"reference\.rank=7 is no budget; known: 4, 8, 16"):
         make_experiment(_document(tmp_path, reference={"rank": 7}))
+
+
+def test_a_task_on_which_a_method_always_diverged_is_not_left_out_of_its_sum(
+    tmp_path: Path,
+) -> None:
+    def value(cell: Cell) -> float | None:
+        final = cell.phase == "final"
+        if cell.method.name == "water-fill" and final and cell.task.name == "two":
+            return None
+        return _loss(cell)
+
+    results = make_results(_board(tmp_path, value))
+    assert [p for p in results.pooled if p.against.method == "water-fill"] == []
+    assert [p for p in results.pooled if p.against.method == "ia3"]
+
+
+def test_methods_without_a_seed_in_common_are_not_pooled(tmp_path: Path) -> None:
+    def value(cell: Cell) -> float | None:
+        even = cell.seed % 2 == 0
+        if cell.phase == "final" and even == (cell.method.name == "water-fill"):
+            return None
+        return _loss(cell)
+
+    results = make_results(_board(tmp_path, value))
+    assert [p for p in results.pooled if p.against.method == "water-fill"] == []
+    assert next(p for p in results.pooled if p.against.method == "ia3").against.difference.count

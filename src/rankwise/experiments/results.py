@@ -142,6 +142,7 @@ def _pooled(rows: Sequence[Row], reference: str) -> list[Pooled]:
         cells = {label: values for label, values in cells.items() if values}
         if len(tasks) < 2 or reference not in cells:
             continue
+        cells = {name: v for name, v in cells.items() if v.keys() & cells[reference].keys()}
         lower = chosen[0].lower_is_better
         for comparison in compare_with(reference, cells, lower_is_better=lower):
             found.append(Pooled(rank, metric, tasks, comparison))
@@ -149,8 +150,8 @@ def _pooled(rows: Sequence[Row], reference: str) -> list[Pooled]:
 
 
 def _over_tasks(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, float]:
-    """Task and seed -> metric; nothing if a task is missing or not finished."""
-    if {row.task for row in rows if row.status == "finished"} != set(tasks):
+    """Task and seed -> metric; nothing if a task is missing, unfinished or has no value."""
+    if {row.task for row in rows if row.status == "finished" and row.values} != set(tasks):
         return {}
     return {f"{row.task} {seed}": v for row in rows for seed, v in row.values.items()}
 
