@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, RankwiseError
 from rankwise.experiments.cells import make_groups, search_cells
 from rankwise.experiments.config import load_experiment, make_experiment
 
@@ -71,6 +71,13 @@ def test_a_task_may_have_settings_of_its_own() -> None:
         ({"methods": [{"name": "ia3", "alpha_over_r": 1.0}]}, "it has no alpha"),
         ({"methods": [{"name": "lora", "label": "--"}]}, "must hold letters or digits"),
         ({"seeds": [0, 0]}, "holds a value twice"),
+        ({"seeds": [-1]}, r"seeds.0.*greater than or equal to 0"),
+        ({"budgets": [0]}, r"budgets.0.*greater than or equal to 1"),
+        ({"learning_rates": [0.0, 1e-3]}, r"learning_rates.0.*greater than 0"),
+        ({"tasks": [LONG | {"learning_rates": []}]}, r"tasks.0: learning_rates.*at least 1 item"),
+        ({"tasks": [LONG | {"learning_rates": [-1.0]}]}, r"learning_rates.0.*greater than 0"),
+        ({"tasks": [LONG | {"budgets": []}]}, r"tasks.0: budgets.*at least 1 item"),
+        ({"tasks": [LONG | {"budgets": [4, 4]}]}, "holds a value twice"),
         ({"seeds": [0, 1000]}, r"\[1000\] are among seeds"),
         ({"tasks": [MINIMAL["tasks"][0] | {"kind": "choise"}]}, "did you mean 'choice'"),
         ({"tasks": [MINIMAL["tasks"][0] | {"max_tests": 3}]}, "did you mean 'max_test'"),
@@ -102,6 +109,14 @@ def test_a_task_may_have_settings_of_its_own() -> None:
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_experiment(MINIMAL | changes)
+
+
+@pytest.mark.parametrize("key", ["max_length", "validation_rows", "max_test", "max_train"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_counts_of_rows_and_tokens_are_positive(key: str, value: int) -> None:
+    task = MINIMAL["tasks"][0] | {key: value}
+    with pytest.raises(RankwiseError, match=f"{key}={value} must be at least 1"):
+        make_experiment(MINIMAL | {"tasks": [task]})
 
 
 def test_hashes_follow_what_decides_a_result_and_nothing_else() -> None:

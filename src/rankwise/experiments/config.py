@@ -13,16 +13,18 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from rankwise.errors import ConfigError, nearest
 from rankwise.experiments.methods import Entry, make_entry
 from rankwise.experiments.settings import (
+    LearningRates,
     ProfileSettings,
+    Ranks,
     ReferenceSettings,
     Section,
+    Seeds,
     SelectionSettings,
     TrainingSettings,
 )
@@ -49,12 +51,12 @@ class ExperimentConfig(Section):
     model: str | None = Field(default=None, description="of tasks that name none")
     tasks: list[dict[str, Any]] = Field(min_length=1)
     methods: list[str | dict[str, Any]] = Field(min_length=1)
-    budgets: list[int] = Field(
-        min_length=1, description="LoRA ranks: what LoRA of that rank costs on the same targets"
+    budgets: Ranks = Field(
+        description="LoRA ranks: what LoRA of that rank costs on the same targets"
     )
-    seeds: list[int] = Field(min_length=1)
+    seeds: Seeds
     targets: str | list[str] = "all-linear"
-    learning_rates: list[float] = Field(min_length=1, description="the same grid for every method")
+    learning_rates: LearningRates = Field(description="the same grid for every method")
     selection: SelectionSettings = SelectionSettings()
     training: TrainingSettings = TrainingSettings()
     profile: ProfileSettings = ProfileSettings()
@@ -64,15 +66,6 @@ class ExperimentConfig(Section):
         default=None, ge=1, description="of each; default: 1 if there are several"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    @field_validator("budgets", "seeds", "learning_rates")
-    @classmethod
-    def _no_repetition(cls, values: list[float]) -> list[float]:
-        if len(set(values)) < len(values):
-            raise ValueError("holds a value twice")
-        if min(values) < 0:
-            raise ValueError("holds a negative value")
-        return values
 
     @model_validator(mode="after")
     def _parts_are_known(self) -> ExperimentConfig:
@@ -202,6 +195,8 @@ class ExperimentConfig(Section):
             raise ConfigError(f"{where}: rates_from leaves nothing for learning_rates to choose.")
         if self.model is not None:
             options.setdefault("model", self.model)
+        lists = {key: getattr(self, key) for key in ("targets", "learning_rates", "budgets")}
+        lists |= {key: own[key] for key in _OwnLists.model_fields if key in own}
         try:
             return TaskSpec(
                 name=name,
@@ -211,24 +206,23 @@ class ExperimentConfig(Section):
                 training=_replaced(self.training, own.get("training"), f"{where}.training"),
                 profile=_replaced(self.profile, own.get("profile"), f"{where}.profile"),
                 selection=_replaced(self.selection, own.get("selection"), f"{where}.selection"),
-                targets=TypeAdapter(str | list[str]).validate_python(
-                    own.get("targets", self.targets)
-                ),
-                learning_rates=TypeAdapter(list[float]).validate_python(
-                    own.get("learning_rates", self.learning_rates)
-                ),
-                budgets=TypeAdapter(list[int]).validate_python(own.get("budgets", self.budgets)),
-                rates_from=TypeAdapter(str | None).validate_python(own.get("rates_from")),
-                methods=TypeAdapter(list[str] | None).validate_python(own.get("methods")),
+                **dict(_OwnLists.model_validate(lists)),
             )
         except ValidationError as error:
             raise ConfigError(f"{where}: {describe(error)}") from error
 
 
-_OWN_KEYS = (
-    *("name", "training", "profile", "selection"),
-    *("targets", "learning_rates", "budgets", "rates_from", "methods"),
-)
+class _OwnLists(Section):
+    """What a task may have in place of the experiment's, beside its sections."""
+
+    targets: str | list[str]
+    learning_rates: LearningRates
+    budgets: Ranks
+    rates_from: str | None = None
+    methods: list[str] | None = None
+
+
+_OWN_KEYS = ("name", "training", "profile", "selection", *_OwnLists.model_fields)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Number = TypeVar("Number", int, float)
+
+
+def _distinct(values: list[Number]) -> list[Number]:
+    if len(set(values)) < len(values):
+        raise ValueError("holds a value twice")
+    return values
+
+
+Ranks = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
+LearningRates = Annotated[
+    list[Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+    Field(min_length=1),
+    AfterValidator(_distinct),
+]
 
 
 class Section(BaseModel):
@@ -53,7 +70,7 @@ class ProfileSettings(Section):
 class SelectionSettings(Section):
     """How learning rates are chosen, on the validation part."""
 
-    seeds: list[int] = Field(default=[1000], min_length=1, description="other than those compared")
+    seeds: Seeds = Field(default=[1000], description="other than those compared")
     steps: int | None = Field(default=None, ge=1, description="default: those of the training")
     metric: str | None = Field(
         default=None, description="to choose by; default: the task's, or the loss it has instead"

@@ -165,8 +165,13 @@ class TestTask:
         assert "[The Start of Reference Answer]\nseven\n" in first
         assert "and then" not in first
 
+    def test_a_missing_key_is_found_before_any_training(self, options):
+        task = JudgedTask(**options, endpoint="http://127.0.0.1:9/v1")
+        with pytest.raises(DataError, match="environment variable JUDGE_KEY, which is not set"):
+            task.load()
+
     def test_a_start_leads_the_question_too(self, options):
-        options |= {"endpoint": "http://127.0.0.1:9/v1", "max_length": 6}
+        options |= {"endpoint": "http://127.0.0.1:9/v1", "key_variable": "", "max_length": 6}
         bare, started = (JudgedTask(**options, start=start).load() for start in ("", "\n"))
         first = bare.processor("\n")["input_ids"]
         for row, other in zip(started.test, bare.test, strict=True):
@@ -175,7 +180,8 @@ class TestTask:
             assert len(row["labels"]) == len(row["input_ids"])
 
     def test_learning_rates_are_chosen_by_the_loss(self, options):
-        task = JudgedTask(**options, endpoint="http://127.0.0.1:9/v1")
+        options |= {"endpoint": "http://127.0.0.1:9/v1", "key_variable": ""}
+        task = JudgedTask(**options)
         data, model = task.load(), task.load_model()
         measured = task.evaluate(model, data, data.validation)
         assert task.search_metric in measured

@@ -132,6 +132,11 @@ class TestImages:
         expected = [row["label"] for row in read_idx(images, "test") if row["label"] in (4, 1)]
         assert [row["labels"] for row in data.test] == [[4, 1].index(label) for label in expected]
 
+    def test_a_test_part_without_any_of_the_classes(self, task, images):
+        write_idx(images, "t10k", np.zeros((3, SIDE, SIDE), np.uint8), np.zeros(3, np.uint8))
+        with pytest.raises(DataError, match="holds no row to test on that this task can use"):
+            task.load()
+
     def test_pixels_are_made_ready_by_the_models_processor(self, task):
         data = task.load()
         batch = data.collate(data.test[:2])

@@ -93,6 +93,13 @@ class Task(ABC):
             object.__setattr__(self, "metric", self.metrics[0])
         if self.metric not in self.metrics:
             raise DataError(f"metric={self.metric!r}: {nearest(self.metric, self.metrics)}")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        for name in ("max_length", "validation_rows", "max_test", "max_train"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"{name}={value} must be at least 1.")
 
     @property
     def lower_is_better(self) -> bool:
@@ -168,6 +175,8 @@ class Task(ABC):
                 f"{self.train}: {len(rows)} rows, of which validation_rows={self.validation_rows} "
                 "are to be held out; lower validation_rows."
             )
+        if not test and self.test:
+            raise DataError(f"{self.test}: holds no row to test on that this task can use.")
         order = np.random.default_rng(0).permutation(len(rows))
         held, kept = order[: self.validation_rows], np.sort(order[self.validation_rows :])
         return TaskData(

@@ -57,7 +57,9 @@ class BenchmarkTask(CompletionTask):
                 f"benchmarks: {', '.join(running)} runs what the model writes, on this machine and "
                 "without a sandbox; say run_code: true if that is meant."
             )
-        if not self._counts_benchmark:
+        if self._counts_benchmark:
+            self._check_counts()
+        else:
             super().__post_init__()
         if not self.test and self.metric in self.metrics:
             raise DataError(f"metric={self.metric!r} needs test=, rows to measure it on.")

@@ -63,6 +63,15 @@ class JudgedTask(CompletionTask):
         """Those of text; no judge is asked."""
         return super().metrics
 
+    def load(self) -> TaskData:
+        """Read, split and encode, and see whether the judge's key is there.
+
+        Raises:
+            DataError: As for any task; or there is no key.
+        """
+        Judge(self.judge_model, self.endpoint, self.key_variable).check_key()
+        return super().load()
+
     def evaluate_test(self, model: nn.Module, data: TaskData) -> dict[str, float]:
         """Mean rating, and that of each category.
 
@@ -70,7 +79,6 @@ class JudgedTask(CompletionTask):
             DataError: The judge cannot be reached, or gives no rating.
         """
         judge = Judge(self.judge_model, self.endpoint, self.key_variable)
-        judge.check_key()
         answers = greedy(model, data, data.test, self.max_new_tokens)
         ratings = [
             judge.rate(row["question"], answer, row["reference"])
