@@ -8,8 +8,9 @@ A cell is scaling x init_fan_in x learning rate x n x seed x task: uniform n, or
 by GID (`rankwise.RaLora`). One JSON line is added for every finished run, with the held-out loss;
 cells that OUT.jsonl already holds are not run again, so the same command continues where it was
 stopped, and a second one with more seeds or steps adds to the file. Held-out sequences are the last
-5 % of the training file: test sets stay out of it. `--summary` prints tables instead: losses by
-learning rate, and each setting against LoRA, paired by seed.
+5 % of the training file: test sets stay out of it. Every line says what model and data it was made
+with; a file of others is refused (lines that do not say it are taken as they are). `--summary`
+prints tables instead: losses by learning rate, and each setting against LoRA, paired by seed.
 
 n = 1 has one scaling and one init, which is plain LoRA; it runs once per learning rate and seed.
 """
@@ -17,6 +18,7 @@ n = 1 has one scaling and one init, which is plain LoRA; it runs once per learni
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -37,7 +39,7 @@ import rankwise as rw
 from rankwise.allocation import dividing_blocks
 from rankwise.experiments.statistics import summarise
 from rankwise.files import read_json_lines
-from rankwise.provenance import git_commit, versions
+from rankwise.provenance import git_commit, model_fingerprint, versions
 from rankwise.tables import markdown_table
 from rankwise.training.config import DataConfig
 from rankwise.training.data import TokenData, load_token_data
@@ -82,6 +84,14 @@ def finished(path: Path) -> dict[Cell, dict[str, Any]]:
     return {Cell(**row.pop("cell")): row for row in read_json_lines(path)}
 
 
+def refuse_others(done: dict[Cell, dict[str, Any]], sources: dict[str, dict[str, Any]]) -> None:
+    """Stop where finished runs of a task are not of its source."""
+    for cell, row in done.items():
+        found, wanted = row.get("source"), sources.get(cell.task)
+        if None not in (found, wanted) and found != wanted:
+            raise SystemExit(f"{cell}: made with {found}, not with {wanted}; name another OUT.")
+
+
 class Task:
     """A task's data, and the profile that its block counts by GID come from, made once."""
 
@@ -96,6 +106,12 @@ class Task:
             max_held_out=options.held_out,
         )
         self.data: TokenData = load_token_data(config, AutoTokenizer.from_pretrained(model), seed=0)
+        self.source = {
+            "model": model_fingerprint(AutoModelForCausalLM.from_pretrained(model)),
+            "data": hashlib.sha256(Path(train).read_bytes()).hexdigest()[:16],
+            "held_out": options.held_out,
+            "profile_batches": options.profile_batches,
+        }
         self.folder = Path(f"{options.out}.{self.name}.profile")
         self.options = options
 
@@ -209,7 +225,7 @@ def _against_lora(losses: dict[Setting, dict[float, dict[int, float]]]) -> str:
         own = _best(by_rate)
         differences = [
             [loss - reference[seed] for seed, loss in by_rate.get(rate, {}).items()
-             if seed in reference]
+             if seed in reference and math.isfinite(loss) and math.isfinite(reference[seed])]
             for rate in (at, own)
         ]  # fmt: skip
         rows.append([*setting, _interval(differences[0]), f"{own:g}", _interval(differences[1])])
@@ -224,8 +240,14 @@ def _best(by_rate: dict[float, dict[int, float]]) -> float:
 
 
 def _spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
+    """Mean and spread of the runs that did not diverge, and how many did."""
+    finite = [value for value in values if math.isfinite(value)]
+    diverged = len(values) - len(finite)
+    if not finite:
+        return f"{diverged} diverged"
+    spread = f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
+    lost = f", {diverged} diverged" if diverged else ""
+    return f"{statistics.mean(finite):.4f}{spread} ({len(finite)}{lost})"
 
 
 def _interval(differences: list[float]) -> str:
@@ -267,10 +289,12 @@ def main() -> None:
         return
     tasks = {task.name: task for task in (Task(t, options.model, options) for t in options.task)}
     wanted = [cell for cell in cells(options) if cell not in done]
+    refuse_others(done, {name: task.source for name, task in tasks.items()})
     facts = {"commit": git_commit(), "versions": versions()}
     print(f"{len(wanted)} runs to do, {len(done)} in {options.out}", flush=True)
     for i, cell in enumerate(wanted, 1):
-        result = run(cell, options.model, tasks[cell.task])
+        task = tasks[cell.task]
+        result = run(cell, options.model, task) | {"source": task.source}
         with options.out.open("a") as file:
             file.write(json.dumps({"cell": asdict(cell)} | result | facts) + "\n")
             file.flush()

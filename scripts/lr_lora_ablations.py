@@ -7,7 +7,8 @@ r"""LR-LoRA's ablations at small scale: one table a group, several seeds, resuma
 MODEL is a BERT-like encoder (a local transformers folder or a hub id), of which the first layers
 get a new linear head on the mean of their outputs; train.tsv has sentences and labels (SST-2,
 CoLA). Every run trains some seconds and is judged on 256 training sentences that are held out. One
-JSON line is added for each finished run; runs that OUT.jsonl already holds are not repeated.
+JSON line is added for each finished run; runs that OUT.jsonl already holds are not repeated, and a
+file of another model or other data is refused.
 `--summary` prints the tables as Markdown instead.
 
 All runs use one learning rate, chosen for no setting in particular, and too few steps to say which
@@ -17,6 +18,7 @@ setting trains best in the end: the tables show that every setting runs and how 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -36,7 +38,7 @@ import rankwise as rw
 from rankwise.adapters import LrLoraLinear
 from rankwise.experiments.tasks import ClassificationTask, TaskData
 from rankwise.files import read_json_lines
-from rankwise.provenance import git_commit, hardware, versions
+from rankwise.provenance import git_commit, hardware, model_fingerprint, versions
 from rankwise.targets import Layers, Part
 
 Options = dict[str, Any]
@@ -270,12 +272,16 @@ def perturbed(
     return found
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+def spread(values: list[float | None], digits: int) -> str:
+    """Mean and standard deviation over the seeds that did not diverge, and how many did."""
+    finite = [value for value in values if value is not None]
+    diverged = len(values) - len(finite)
+    if not finite:
+        return f"{diverged} diverged"
+    text = f"{statistics.fmean(finite):.{digits}f}"
+    if len(finite) > 1:
+        text += f" ± {statistics.stdev(finite):.{digits}f}"
+    return f"{text}, {diverged} diverged" if diverged else text
 
 
 def summary(arguments: argparse.Namespace) -> str:
@@ -307,8 +313,9 @@ def summary(arguments: argparse.Namespace) -> str:
     rows = of_settings(done, arguments, DEFAULT)
     for label in PERTURBED if rows else ():
         losses = [r["perturbed"][label] for r in rows]
-        changes = [r["perturbed"][label] - r["loss"] for r in rows]
-        lines += [f"| {label} | {spread(losses, 3)} | {statistics.fmean(changes):+.3f} |"]
+        changes = [r["perturbed"][label] - r["loss"] for r in rows if r["loss"] is not None]
+        change = f"{statistics.fmean(changes):+.3f}" if changes else ""
+        lines += [f"| {label} | {spread(losses, 3)} | {change} |"]
     return "\n".join(lines)
 
 
@@ -350,6 +357,12 @@ def main() -> None:
         max_test=1,
     )
     data, done = task.load(), finished(arguments.out)
+    source = {
+        "model": model_fingerprint(AutoModel.from_pretrained(arguments.model)),
+        "data": hashlib.sha256(Path(arguments.train).read_bytes()).hexdigest()[:16],
+    }
+    if any(row.get("source", source) != source for row in done.values()):
+        raise SystemExit(f"{arguments.out} was made with another model or other data; name a new.")
     wanted = [cell for cell in cells(arguments) if cell not in done][: arguments.limit]
     for number, cell in enumerate(wanted, 1):
         row = train(task, data, cell)
@@ -359,6 +372,7 @@ def main() -> None:
             f"{number} of {len(wanted)}: {cell.options} seed {cell.seed}: {row['loss']}", flush=True
         )
         facts = {"versions": versions(), "hardware": hardware(), "commit": git_commit()}
+        facts["source"] = source
         with arguments.out.open("a") as file:
             file.write(json.dumps({"cell": asdict(cell), **row, **facts}) + "\n")
 
