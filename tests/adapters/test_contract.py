@@ -331,3 +331,14 @@ def test_other_layers_are_refused(case: AdapterCase) -> None:
     model.layer = nn.Conv2d(3, 3, 1)  # type: ignore[assignment]
     with pytest.raises(TypeError, match="Conv2d cannot carry this adapter"):
         get_peft_model(model, case.config())
+
+
+@every_adapter
+def test_rows_for_different_adapters_are_refused_and_not_mixed_up(case: AdapterCase) -> None:
+    model, x = adapted(case, "linear", torch.float32), inputs(torch.float32)
+    names = ["default"] * len(x)
+    if case.id == "lora":
+        return
+    with pytest.raises(NotImplementedError, match="computes a batch with one adapter"):
+        model(x, adapter_names=names)
+    assert torch.equal(model(x), model(x))

@@ -52,7 +52,10 @@ class TestGoodAdapters:
         expected = make_ralora(tmp_path, **options)
         assert torch.equal(load_adapter(TwoLayers(), tmp_path)(X), expected)
 
-    @pytest.mark.parametrize(("make", "own"), [(make_ralora, "ralora"), (make_lora, "lora")])
+    @pytest.mark.parametrize(
+        ("make", "own"),
+        [(make_ralora, "ralora"), (make_lora, "lora"), (make_lr_lora, "lrlora")],
+    )
     @pytest.mark.parametrize("bias", ["all", "{own}_only"])
     @pytest.mark.parametrize("whole", [None, ["norm"]])
     def test_trained_biases(

@@ -70,6 +70,31 @@ def test_a_resumed_run_is_bit_equal_wherever_it_stopped(tmp_path: Path, mode: st
         assert_same(final(again, other), expected)
 
 
+class _MemoryRunsOut(TrainerCallback):  # type: ignore[misc]
+    """Twice, in the first batch."""
+
+    left = 2
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.left:
+            self.left -= 1
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_steps_count_once_after_a_smaller_batch_size_was_found(tmp_path: Path) -> None:
+    trainer, callback = trainer_run(
+        tmp_path,
+        callbacks=[_MemoryRunsOut()],
+        auto_find_batch_size=True,
+        per_device_train_batch_size=8,
+    )
+    trainer.train()
+    assert trainer.state.global_step == callback.ranks.steps == 12
+    assert [(event.step, event.batches) for event in callback.ranks.events] == [(5, 3), (10, 3)]
+
+
 def test_masked_and_resized_trainers_agree(tmp_path: Path) -> None:
     runs = {}
     for mode in ("masked", "resize"):

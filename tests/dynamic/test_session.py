@@ -199,6 +199,56 @@ def test_a_step_that_a_loss_scaler_skips_moves_nothing() -> None:
     assert event is not None and event.batches == 1 and event.dropped == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_brings_no_event(fused: bool) -> None:
+    model, plan = attached()
+    optimizer = adamw(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    options = rw.DynamicOptions(interval=2, window=2)
+    ranks = DynamicRanks(model, plan, WATER, options, optimizer=optimizer)
+    counted = []
+    for step in range(4):
+        with ranks.observe():
+            scaler.scale(model(**token_batch([9, 6], seed=step)).loss).backward()
+        if step == 1:
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(float("inf"))
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert moved == (step != 1)
+        counted.append((ranks.steps, ranks.step() is not None))
+        optimizer.zero_grad()
+    assert counted == [(1, False), (1, False), (2, True), (3, False)]
+
+
+def test_a_step_counts_once_however_often_its_optimizer_was_shown() -> None:
+    model, plan = attached()
+    optimizer = adamw(model)
+    ranks = DynamicRanks(model, plan, WATER, optimizer=optimizer)
+    ranks.begin_batch()  # one that is not brought to an end, as where memory runs out
+    ranks.watch(optimizer)
+    other = adamw(model)
+    ranks.watch(other)
+    for stepping in (optimizer, other):
+        with ranks.observe():
+            model(**token_batch([9, 6])).loss.backward()
+        stepping.step()
+    assert ranks.steps == 1
+
+
+def test_an_optimizer_that_keeps_another_iterate_is_refused() -> None:
+    model, plan = attached()
+    optimizer = torch.optim.ASGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    options = rw.DynamicOptions(interval=1)
+    ranks = DynamicRanks(model, plan, WATER, options, optimizer=optimizer)
+    with ranks.observe():
+        model(**token_batch([9, 6])).loss.backward()
+    optimizer.step()
+    with pytest.raises(DynamicError, match="keeps 'ax' of every parameter, which may be no moment"):
+        ranks.step()
+
+
 def test_a_window_without_a_finite_batch_keeps_every_rank_and_says_so() -> None:
     model, plan = attached()
     optimizer = adamw(model, lr=0.0)

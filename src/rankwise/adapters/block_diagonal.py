@@ -132,7 +132,7 @@ class RaLoraConfig(PeftConfig):
 
 
 class BlockFactor(nn.Module):
-    """One factor, `(n, rows, columns)`, in a module of its own, where FSDP's wrapping looks."""
+    """One factor, `(n, rows, columns)`, in a module of its own, as PEFT's are."""
 
     def __init__(self, blocks: int, rows: int, columns: int) -> None:
         super().__init__()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -163,3 +165,23 @@ class DeltaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put one module in another's place; adapters are on their base's device already.
+
+        PEFT's own method also hands `child.weight` on, which a head that is trained whole need not
+        have.
+        """
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse batches whose rows are for different adapters, rather than ignore which."""
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"adapter_names: {type(self).__name__} computes a batch with one adapter; call the "
+                "model once for each, or export plain LoRA."
+            )
+        yield

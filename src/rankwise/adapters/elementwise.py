@@ -34,7 +34,7 @@ from rankwise.adapters.transfer import (
 
 
 class Weight(nn.Module):
-    """One parameter in a module of its own, where FSDP's wrapping looks."""
+    """One parameter in a module of its own, as PEFT's are."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()

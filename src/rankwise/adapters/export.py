@@ -28,6 +28,7 @@ from rankwise.adapters.base_fingerprint import (
 )
 from rankwise.adapters.block_diagonal import RaLoraLinear
 from rankwise.adapters.card import model_card
+from rankwise.adapters.changed_base import why_base_changed
 from rankwise.adapters.fuse_lora import why_not_fused
 from rankwise.adapters.parity import (
     adapter_to_export,
@@ -139,6 +140,12 @@ def export_lora(
     folder = Path(folder)
     check_replaceable(folder, marker=CONFIG_FILE)
     adapter = adapter_to_export(model, adapter)
+    changed = why_base_changed(getattr(model.peft_config[adapter], "init_lora_weights", None))
+    if changed is not None:
+        raise ExportError(
+            f"adapter {adapter!r} cannot be exported as plain LoRA: {changed}. Export merged "
+            "weights instead."
+        )
     factors = {name: _factors(name, layer, adapter) for name, layer in _layers(model, adapter)}
     config, factors = _laid_out(model, adapter, factors, mode)
     tensors = _other_tensors(model, adapter, mode)

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from rankwise.adapters.changed_base import why_base_changed
 from rankwise.errors import DynamicError, PlanError
 
 
@@ -126,6 +127,9 @@ def lora_factors(model: PeftModel, adapter: str = "default") -> dict[str, LoraFa
             f"adapter {adapter!r} of this model is {type(config).__name__}; only plain LoRA has "
             "ranks that can move. Attach a plan whose adapter is 'lora'."
         )
+    changed = why_base_changed(config.init_lora_weights)
+    if changed is not None:
+        raise PlanError(f"adapter {adapter!r}: {changed}, so its ranks cannot move.")
     base = model.get_base_model()
     found: dict[str, LoraFactors] = {}
     for name, module in base.named_modules():
@@ -144,6 +148,17 @@ def lora_factors(model: PeftModel, adapter: str = "default") -> dict[str, LoraFa
     return found
 
 
+_MOMENTS = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # Adam and its relatives, Lion
+        *("momentum_buffer", "square_avg", "grad_avg"),  # SGD, RMSprop
+        *("sum", "acc_delta"),  # Adagrad, Adadelta
+        *("state1", "state2"),  # bitsandbytes
+    }
+)
+"""State that is zero where a parameter and its gradients always were."""
+
+
 def _moments(
     state: Mapping[Any, MutableMapping[str, Any]], parameter: Tensor, name: str
 ) -> Iterator[tuple[str, Tensor]]:
@@ -151,6 +166,12 @@ def _moments(
     for key, value in state.get(parameter, {}).items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             continue  # step counts
+        if key not in _MOMENTS:
+            raise DynamicError(
+                f"{name}: the optimizer keeps {key!r} of every parameter, which may be no moment "
+                "but another iterate of it, so it cannot follow a change of rank. Use an optimizer "
+                "with plain moments: AdamW, Adam, SGD."
+            )
         if value.shape != parameter.shape or not value.is_floating_point():
             raise DynamicError(
                 f"{name}: the optimizer keeps {key!r} as {value.dtype} {tuple(value.shape)} for a "

@@ -40,8 +40,10 @@ from rankwise.targets import LinearShape, exact_target_modules, linear_shape
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_SAVED_TWICE = ".modules_to_save.bias"
-"""PEFT saves such a bias under the module's own name as well, and reads it from there only."""
+_SAVED_TWICE = ".modules_to_save."
+"""PEFT saves biases of such a module under its own name as well, and reads them from there only."""
+_HEADS = ("classifier", "score")
+"""What PEFT adds to `modules_to_save` of every classifier, whichever of them the model has."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -100,10 +102,14 @@ def load_adapter(
     if weights.base_fingerprint:
         remember_base_(config, weights.base_fingerprint)
     expected = _expected_shapes(config, {name: shapes[name] for name in names})
-    expected |= _whole_modules(model, saved, path) | _biases(model, saved, names)
+    whole = _whole_modules(model, saved, path)
+    expected |= {
+        f"{PREFIX}{name}.{key}": shape for name, own in whole.items() for key, shape in own.items()
+    }
+    expected |= _biases(model, saved, names, list(whole), weights)
     _check_shapes(weights, expected)
     tensors = _read_tensors(weights)
-    for name in [name for name in tensors if name.endswith(_SAVED_TWICE)]:
+    for name in [name for name in tensors if _SAVED_TWICE in name]:
         del tensors[name]
     config.target_modules = exact_target_modules(names, [n for n, _ in model.named_modules()])
     with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it is overwritten
@@ -277,37 +283,58 @@ def _vectors(config: LrLoraConfig) -> dict[str, int]:
     return found
 
 
-def _whole_modules(model: nn.Module, saved: SavedConfig, path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of `modules_to_save`, by the model; PEFT takes every name that ends so."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for ending in saved.modules_to_save or ():
-        found = [n for n, _ in model.named_modules() if ending and n.endswith(ending)]
-        if not found:
+def _whole_modules(
+    model: nn.Module, saved: SavedConfig, path: Path
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What `modules_to_save` names: module -> name -> shape; PEFT takes every name that ends so."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    endings = saved.modules_to_save or []
+    for ending in endings:
+        names = [n for n, _ in model.named_modules() if ending and n.endswith(ending)]
+        for name in names:
+            state = model.get_submodule(name).state_dict()
+            found[name] = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if not names and ending not in _HEADS:
             raise FileError(f"{WHAT} {path}: modules_to_save has {ending!r}; no module ends so.")
-        for name in found:
-            for key, tensor in model.get_submodule(name).state_dict().items():
-                expected[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
-    return expected
+    if endings and not found:
+        raise FileError(f"{WHAT} {path}: modules_to_save={endings}; no module ends so.")
+    return found
 
 
-def _biases(model: nn.Module, saved: SavedConfig, names: list[str]) -> dict[str, tuple[int, ...]]:
+def _biases(
+    model: nn.Module, saved: SavedConfig, names: list[str], whole: list[str], weights: _Weights
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of trained biases, as PEFT saves them: of adapted layers or of all."""
     if saved.bias == "none":
         return {}
     expected: dict[str, tuple[int, ...]] = {}
-    adapted, whole = set(names), tuple(saved.modules_to_save or ())
+    adapted = set(names)
     for key, tensor in model.state_dict().items():
         module, _, last = key.rpartition(".")
         if last != "bias":
             continue
+        shape = tuple(tensor.shape)
         if module in adapted:
-            expected[f"{PREFIX}{module}.base_layer.bias"] = tuple(tensor.shape)
+            expected[f"{PREFIX}{module}.base_layer.bias"] = shape
         elif saved.bias == "all":
-            expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
-            if module.endswith(whole):
-                for ending in (_SAVED_TWICE, ".original_module.bias"):
-                    expected[f"{PREFIX}{module}{ending}"] = tuple(tensor.shape)
+            expected[f"{PREFIX}{key}"] = shape
+            for outer in [name for name in whole if key.startswith(f"{name}.")]:
+                inner = key.removeprefix(f"{outer}.")
+                expected[f"{PREFIX}{outer}.original_module.{inner}"] = shape
+                expected[_saved_twice(weights, f"{PREFIX}{outer}", inner)] = shape
     return expected
+
+
+def _saved_twice(weights: _Weights, outer: str, inner: str) -> str:
+    """The other name of a bias in a module that is saved whole.
+
+    PEFT leaves the adapter's own name in it if the bias is not the module's but that of a part.
+    """
+    if "." not in inner:
+        return f"{outer}{_SAVED_TWICE}{inner}"
+    pattern = re.escape(f"{outer}{_SAVED_TWICE}") + r"[^.]+" + re.escape(f".{inner}")
+    named = [name for name in weights.shapes if re.fullmatch(pattern, name)]
+    return named[0] if named else f"{outer}{_SAVED_TWICE}default.{inner}"
 
 
 def _check_shapes(weights: _Weights, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from pydantic import ConfigDict
 
 from rankwise.adapters.block_diagonal import RaLoraConfig
+from rankwise.adapters.changed_base import why_base_changed
 from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.errors import FileError, nearest
 from rankwise.files import parse_json, read_text
@@ -45,7 +46,7 @@ class SavedConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: Literal["none", "all", "lora_only", "ralora_only"] = "none"
+    bias: Literal["none", "all", "lora_only", "ralora_only", "lrlora_only"] = "none"
 
 
 @dataclass
@@ -179,8 +180,14 @@ def _lora_config(
     for option in ("rank_pattern", "alpha_pattern"):
         for key, value in getattr(saved, option).items():
             _check_positive(f"{option}[{key!r}]", value)
-    if saved.bias == "ralora_only":
-        raise ValueError("bias='ralora_only' must be 'none', 'all' or 'lora_only' in plain LoRA.")
+    if saved.bias in ("ralora_only", "lrlora_only"):
+        raise ValueError(f"bias={saved.bias!r} must be 'none', 'all' or 'lora_only' in plain LoRA.")
+    changed = why_base_changed(saved.init_lora_weights)
+    if changed is not None:
+        raise ValueError(
+            f"{changed}. Load an adapter that you trust with peft.PeftModel.from_pretrained, which "
+            "takes it out again, and export merged weights."
+        )
     _check_positive("r", saved.r)
     _check_positive("lora_alpha", saved.lora_alpha)
     if not 0 <= saved.lora_dropout < 1:

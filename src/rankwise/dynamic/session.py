@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from rankwise.adapters.factors import HasState, LoraFactors, lora_factors
 from rankwise.adapters.resize import (
@@ -109,6 +110,7 @@ class DynamicRanks:
         self._seen = 0
         self._batches_since_step = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._hook: RemovableHandle | None = None
         self._allocate(self.state.ranks)
         if optimizer is not None:
             self.watch(optimizer)
@@ -127,7 +129,8 @@ class DynamicRanks:
     def watch(self, optimizer: HasState) -> None:
         """Follow this optimizer's steps and state.
 
-        A step that a loss scaler skips is no step: it runs no hook, and so moves no average.
+        A step that a loss scaler skips is no step, and moves no average. Called again, as after
+        `accelerator.prepare`, it follows the new optimizer alone, and gives up a batch under way.
 
         Raises:
             DynamicError: It is no optimizer, or does not hold the adapter's parameters whole.
@@ -135,7 +138,11 @@ class DynamicRanks:
         factors = lora_factors(self.model, self.adapter)
         check_parameters(factors)
         self._optimizer = plain_optimizer(optimizer, factors)
-        self._optimizer.register_step_post_hook(self._on_optimizer_step)
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._optimizer.register_step_post_hook(self._on_optimizer_step)
+        self._batches_since_step = 0
+        self.window.close()
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -268,7 +275,10 @@ class DynamicRanks:
         for name, found in lora_factors(self.model, self.adapter).items():
             found.check_empty(self.state.ranks[name], optimizer)
 
-    def _on_optimizer_step(self, *_: object) -> None:
+    def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        skipped = getattr(optimizer, "found_inf", None)  # fused ones run their hooks all the same
+        if skipped is not None and bool(skipped):
+            return
         self.steps += 1
         self._batches_since_step = 0
 
