@@ -64,6 +64,7 @@ def test_the_rank_is_chosen_for_the_tolerance(make, tmp_path: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "rankwise_export.json",
         "truncation.json",
     ]
 

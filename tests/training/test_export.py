@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,3 +157,45 @@ def test_rank_and_tolerance_are_for_lr_lora(
     out = tmp_path / "out"
     main_returns("export", place / "adapter", place / "base", "--out", out, "--rank", "4", code=1)
     assert "rank and tolerance are for LR-LoRA" in capsys.readouterr().err
+
+
+class TestWhatIsThere:
+    def test_an_export_is_replaced_unless_something_was_added(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = "export", place / "adapter", place / "base", "--out", tmp_path / "out"
+        main_returns(*arguments)
+        main_returns(*arguments, "--mode", "merged")
+        assert (tmp_path / "out" / "config.json").is_file()
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
+        (tmp_path / "out" / "notes").mkdir()
+        (tmp_path / "out" / "notes" / "mine.txt").write_text("kept")
+        main_returns(*arguments, code=1)
+        assert "holds notes/mine.txt, which its export did not write" in capsys.readouterr().err
+        assert (tmp_path / "out" / "notes" / "mine.txt").read_text() == "kept"
+
+    @pytest.mark.parametrize(
+        ("mode", "marker"), [("merged", "config.json"), ("padded", "adapter_config.json")]
+    )
+    def test_other_folders_are_kept_whatever_they_hold(
+        self, mode: str, marker: str, place: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        mine = tmp_path / "project"
+        mine.mkdir()
+        (mine / marker).write_text("{}")
+        (mine / "main.py").write_text("print()")
+        arguments = "export", place / "adapter", place / "base", "--out", mine, "--mode", mode
+        main_returns(*arguments, code=1)
+        assert "holds no rankwise_export.json, so it is not replaced" in capsys.readouterr().err
+        assert sorted(path.name for path in mine.iterdir()) == sorted([marker, "main.py"])
+
+    def test_neither_the_base_nor_the_adapter_is_replaced(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        main_returns("export", place / "adapter", place / "base", "--out", tmp_path / "first")
+        before = (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
+        again = "export", tmp_path / "first", place / "base", "--out"
+        for out in (tmp_path / "first", tmp_path, place / "base"):
+            main_returns(*again, out, code=1)
+        assert f"would replace {tmp_path / 'first'}" in capsys.readouterr().err
+        assert (tmp_path / "first" / "adapter_model.safetensors").read_bytes() == before

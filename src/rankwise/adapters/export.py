@@ -29,6 +29,7 @@ from rankwise.adapters.base_fingerprint import (
 from rankwise.adapters.block_diagonal import RaLoraLinear
 from rankwise.adapters.card import model_card
 from rankwise.adapters.changed_base import why_base_changed
+from rankwise.adapters.export_folder import check_export_folder, new_export
 from rankwise.adapters.fuse_lora import why_not_fused
 from rankwise.adapters.parity import (
     adapter_to_export,
@@ -39,7 +40,7 @@ from rankwise.adapters.parity import (
 )
 from rankwise.adapters.readers import VLLM_RANKS, readers_that_are_right, vllm_max_rank
 from rankwise.errors import ExportError
-from rankwise.files import check_replaceable, new_folder, parse_json, read_text, write_text
+from rankwise.files import parse_json, read_text, write_text
 from rankwise.targets import exact_target_modules
 
 Mode = Literal["padded", "compact", "vllm"]
@@ -138,7 +139,7 @@ def export_lora(
     if mode not in MODES:
         raise ExportError(f"mode={mode!r} must be one of {', '.join(map(repr, MODES))}.")
     folder = Path(folder)
-    check_replaceable(folder, marker=CONFIG_FILE)
+    check_export_folder(folder)
     adapter = adapter_to_export(model, adapter)
     changed = why_base_changed(getattr(model.peft_config[adapter], "init_lora_weights", None))
     if changed is not None:
@@ -153,7 +154,7 @@ def export_lora(
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.contiguous()
     ranks = {name: pair.rank for name, pair in factors.items()}
-    with new_folder(folder, marker=CONFIG_FILE) as draft:
+    with new_export(folder, mode) as draft:
         config.save_pretrained(str(draft))
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
         write_fingerprint(draft / WEIGHTS_FILE, base_fingerprint(model, adapter))
@@ -198,7 +199,7 @@ def export_merged(
         FileError: The folder cannot be written.
     """
     folder = Path(folder)
-    check_replaceable(folder, marker="config.json")
+    check_export_folder(folder)
     adapter = adapter_to_export(model, adapter)
     base = model.get_base_model()
     if not hasattr(base, "save_pretrained"):
@@ -209,7 +210,7 @@ def export_merged(
     twin = twin_of(model, adapter)
     live = outputs_of(twin, inputs)
     merged = twin.merge_and_unload(safe_merge=True)
-    with new_folder(folder, marker="config.json") as draft:
+    with new_export(folder, "merged") as draft:
         merged.save_pretrained(str(draft))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(draft))

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from rankwise.adapters import options
 from rankwise.adapters.elementwise import LrLoraLinear
-from rankwise.adapters.export import CONFIG_FILE, Exported, Mode, export_lora
+from rankwise.adapters.export import Exported, Mode, export_lora
+from rankwise.adapters.export_folder import check_export_folder, new_export
 from rankwise.adapters.parity import adapter_to_export, example_inputs, outputs_of, twin_of
 from rankwise.errors import ExportError
-from rankwise.files import check_replaceable, new_folder, write_text
+from rankwise.files import write_text
 from rankwise.targets import exact_target_modules
 
 TOLERANCE = 0.01
@@ -92,7 +93,7 @@ def export_truncated(
             options.check_whole("rank", rank)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    check_replaceable(Path(folder), marker=CONFIG_FILE)
+    check_export_folder(Path(folder))
     adapter = adapter_to_export(model, adapter)
     twin = _lr_lora_copy(model, adapter)
     inputs = example_inputs(twin.get_base_model()) if example is None else example
@@ -104,7 +105,7 @@ def export_truncated(
     plain = _as_lora(twin, adapter, factors)
     moved = float((live - bare).abs().max())
     off = float((live - outputs_of(plain, inputs).double()).abs().max())
-    with new_folder(Path(folder), marker=CONFIG_FILE) as draft:
+    with new_export(Path(folder), mode) as draft:
         exported = export_lora(plain, draft / "lora", mode=mode, example=inputs)
         for file in (draft / "lora").iterdir():
             file.rename(draft / file.name)

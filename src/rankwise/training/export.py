@@ -14,10 +14,10 @@ from rankwise.adapters import (
     export_truncated,
     load_adapter,
 )
-from rankwise.adapters.export import CONFIG_FILE, MODES
+from rankwise.adapters.export import MODES
+from rankwise.adapters.export_folder import check_export_folder
 from rankwise.adapters.truncated import TOLERANCE
 from rankwise.errors import ConfigError
-from rankwise.files import check_replaceable
 from rankwise.training.train import load_model
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,7 +57,10 @@ def export_folder(
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
     if mode == "merged" and native:
         raise ConfigError("mode='merged' has no native form beside it; leave --native out.")
-    check_replaceable(out, marker="config.json" if mode == "merged" else CONFIG_FILE)
+    check_export_folder(out)
+    for source in (adapter, Path(base)):
+        if source.exists() and source.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"out={str(out)!r} would replace {source}; name another folder.")
     network, tokenizer = load_model(base, dtype)
     model = load_adapter(network, adapter, allow_other_base=allow_other_base)
     chosen: Any = mode
