@@ -47,6 +47,25 @@ def test_nonsense_is_refused_with_what_is_allowed(said: object) -> None:
         parse_budget(said)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [10**400, -(10**5000), 10**18 + 1, f"r={10**19}", f"{10**21}%", "2000000000 GB"],
+    ids=["huge", "beyond printing", "number", "rank", "part", "bytes"],
+)
+def test_an_amount_beyond_any_model_is_refused(said: object) -> None:
+    with pytest.raises(PlanError, match=r"an amount beyond 1,000,000,000,000,000,000 was received"):
+        parse_budget(said)
+
+
+@pytest.mark.parametrize(
+    "said", ["1" + "0" * 400, "9" * 5000, "0." + "0" * 5000 + "1%"], ids=["400", "5000", "decimals"]
+)
+def test_a_long_text_is_not_repeated(said: str) -> None:
+    with pytest.raises(PlanError, match=rf"a text of {len(said)} characters") as info:
+        parse_budget(said)
+    assert len(str(info.value)) < 300
+
+
 def test_a_percentage_needs_the_size_of_the_model() -> None:
     with pytest.raises(PlanError, match="profile again or name a number of parameters"):
         parse_budget("1%").parameters(COSTS, None)

@@ -115,6 +115,10 @@ class TestValues:
         assert said in str(plan).replace("\n", " ")
         assert said in plan.to_markdown()
 
+    @pytest.mark.parametrize("measured", [{}, {"model": "m", "batches": 2, "tokens": "7"}, None])
+    def test_block_for_a_model_card_of_a_plan_that_says_less(self, measured: object) -> None:
+        assert "Measured on" not in small_plan(provenance={"profile": measured}).to_markdown()
+
     def test_text_of_a_lora_plan_has_no_blocks(self, tiny_llama: PreTrainedModel) -> None:
         text = str(Lora(r=2).plan(find_targets(tiny_llama)))
         assert "n=" not in text and "blocks" not in text
@@ -175,6 +179,16 @@ class TestFiles:
             (lambda d: d["modules"][NAME].update(blocks=3), "blocks=3 must be a power of two"),
             (lambda d: d["modules"][NAME].update(blocks=32), "blocks=32 must be"),
             (lambda d: d["modules"][NAME].update(gid=float("nan")), r"gid: .*finite"),
+            (lambda d: d["left_out"].update(a={"d_in": -3, "d_out": 4}), "module a has d_in=-3"),
+            (
+                lambda d: d["left_out"].update(a={"d_in": 3, "d_out": 0}),
+                "module a .* d_out=0; both",
+            ),
+            (lambda d: d["left_out"].update(a={"d_in": 2**31, "d_out": 4}), "positive sizes"),
+            (
+                lambda d: d["left_out"].update({NAME: {"d_in": 16, "d_out": 16}}),
+                f"{NAME} is both adapted and left out",
+            ),
         ],
     )
     def test_bad_values(
@@ -285,6 +299,18 @@ class TestCheckFits:
         plan = small_plan(modules={"model.embed_tokens": ModulePlan(16, 16, 4)})
         with pytest.raises(PlanError, match="is no linear layer of"):
             plan.check_fits(tiny_llama())
+
+    def test_tied_head(self) -> None:
+        plan = small_plan(modules={"lm_head": ModulePlan(16, 61, 4)})
+        plan.check_fits(tiny_gpt2(tie_word_embeddings=False))
+        with pytest.raises(PlanError, match=r"adapts lm_head, .*tied.*wte\. Plan again without it"):
+            plan.check_fits(tiny_gpt2())
+
+    def test_layer_that_attention_reads_without_calling_it(self) -> None:
+        plan = small_plan(modules={"attention.out_proj": ModulePlan(16, 16, 4)})
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+        with pytest.raises(PlanError, match=r"attention\.out_proj, .*read by MultiheadAttention"):
+            plan.check_fits(model)
 
     def test_plan_without_a_profile_checks_shapes_only(self) -> None:
         plan = Lora(r=2).plan(find_targets(tiny_llama()))

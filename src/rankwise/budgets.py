@@ -21,6 +21,10 @@ _PARAMETERS = re.compile(
     r"(?:params\s*=\s*)?" + _NUMBER + r"\s*(?P<unit>[kmb]?)(?:\s*(?:params|parameters))?"
 )
 _MEMORY = re.compile(_NUMBER + r"\s*(?P<unit>[kmg]i?b)(?:\s+(?:in\s+)?(?P<dtype>[a-z]+\d+))?")
+_LARGEST = 10**18
+"""Parameters, bytes and ranks beyond any model; far beyond it sums are no floats."""
+_LONGEST = 100
+"""Characters of a text that says an amount; of thousands of digits Python makes no number."""
 GRAMMAR = (
     "'r=8' (LoRA of that rank), '2570' or '2.4M params', '0.5%' (of the model's parameters), "
     "'10MB' or '10MB bf16' (size of the adapter, in fp32 unless said)"
@@ -73,7 +77,7 @@ def parse_budget(value: object) -> Budget:
             is the dtype PEFT trains and saves adapters in by default.
 
     Raises:
-        PlanError: It is neither, or not positive.
+        PlanError: It is neither, not positive, or beyond any model.
 
     Example:
         >>> parse_budget("2.4M params").parameters({}, None)
@@ -84,10 +88,16 @@ def parse_budget(value: object) -> Budget:
         1024
     """
     if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > _LARGEST:
+            raise _out_of_range()
         value = str(value)
     if not isinstance(value, str):
         raise _not_understood(value)
     text = value.strip().lower()
+    if len(text) > _LONGEST:
+        raise PlanError(
+            f"budget: a text of {len(text)} characters is not understood; allowed: {GRAMMAR}."
+        )
     if found := _RANK.fullmatch(text):
         budget = Budget("rank", Fraction(found["number"]))
     elif found := _PERCENT.fullmatch(text):
@@ -101,11 +111,20 @@ def parse_budget(value: object) -> Budget:
         raise _not_understood(value)
     if budget.amount <= 0 or (budget.kind == "parameters" and budget.amount < 1):
         raise PlanError(f"budget={value!r} must be positive.")
+    if budget.amount > _LARGEST:
+        raise _out_of_range()
     return budget
 
 
 def _number(text: str) -> Fraction:
     return Fraction(text.replace(",", "").replace("_", ""))
+
+
+def _out_of_range() -> PlanError:
+    return PlanError(
+        f"budget: an amount beyond {_LARGEST:,} was received, more than any model has; it must be "
+        "positive and smaller."
+    )
 
 
 def _not_understood(value: object) -> PlanError:

@@ -8,7 +8,7 @@ leaves out why it was left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -144,7 +144,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     shapes = {name: shape for name, m in modules.items() if (shape := linear_shape(m)) is not None}
     for name in shapes:
         keep_layout_(modules[name])
-    unusable = _unusable(model, shapes)
+    unusable = unusable_layers(model, shapes)
     if targets == ALL_LINEAR:
         left_out = _heads(model, shapes) | unusable
         left_out |= {
@@ -346,8 +346,11 @@ def _heads(model: nn.Module, shapes: Mapping[str, LinearShape]) -> dict[str, str
     return reasons
 
 
-def _unusable(model: nn.Module, shapes: Mapping[str, LinearShape]) -> dict[str, str]:
-    """Linear layers that no adapter can serve: tied weights, and weights read without a forward."""
+def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]:
+    """Which of these linear layers no adapter can serve, and why, as in "it is ...".
+
+    Tied weights, into which merging would write for others too, and weights read without a forward.
+    """
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():

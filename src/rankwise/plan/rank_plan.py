@@ -20,11 +20,12 @@ from rankwise.errors import PlanError, nearest
 from rankwise.files import parse_json, read_text, write_text
 from rankwise.plan.block_options import BlockOptions
 from rankwise.provenance import model_fingerprint
-from rankwise.targets import LinearShape, exact_target_modules, linear_shape
+from rankwise.targets import LinearShape, exact_target_modules, linear_shape, unusable_layers
 
 SCHEMA_VERSION = 1
 AdapterKind = Literal["lora", "ralora", "lr-lora"]
-Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+_LARGEST_SIZE = 2**31 - 1
+Count = Annotated[int, Field(gt=0, le=_LARGEST_SIZE)]
 """A whole number that no layer exceeds; files could hold one that no float can."""
 _FORBID = ConfigDict(extra="forbid")
 
@@ -140,6 +141,14 @@ class RankPlan(Displayed):
                 f"{self.block_options} is for block-diagonal adapters; a plan with adapter "
                 f"{self.adapter!r} takes the defaults of scaling, rank_scaling and init_fan_in."
             )
+        for name, shape in self.left_out.items():
+            if name in self.modules:
+                raise PlanError(f"module {name} is both adapted and left out; remove one of them.")
+            if not all(0 < d <= _LARGEST_SIZE for d in (shape.d_in, shape.d_out)):
+                raise PlanError(
+                    f"left_out: module {name} has d_in={shape.d_in} and d_out={shape.d_out}; both "
+                    "must be positive sizes of a layer."
+                )
         if self.budget is not None and self.parameters > self.budget:
             raise PlanError(
                 f"the plan takes {self.parameters} parameters, over its budget of {self.budget}."
@@ -183,13 +192,14 @@ class RankPlan(Displayed):
                 or a quantised copy.
 
         Raises:
-            PlanError: A module is missing or has another shape, or the weights are another model's.
+            PlanError: A module is missing, has another shape or cannot carry an adapter, or the
+                weights are another model's.
         """
         modules = dict(model.named_modules())
+        linear = {name for name, module in modules.items() if linear_shape(module) is not None}
         for name, planned in self.modules.items():
             shape = linear_shape(modules[name]) if name in modules else None
             if shape is None:
-                linear = {n for n, m in modules.items() if linear_shape(m) is not None}
                 raise PlanError(
                     f"the plan was made for another model: it adapts {name!r}, which is no linear "
                     f"layer of this {type(model).__name__}; {nearest(name, linear)}"
@@ -198,6 +208,12 @@ class RankPlan(Displayed):
                 raise PlanError(
                     f"the plan was made for another model: {name} is {shape.d_out} x {shape.d_in} "
                     f"here and {planned.d_out} x {planned.d_in} in the plan. Plan again."
+                )
+        for name, reason in unusable_layers(model, linear).items():
+            if name in self.modules:
+                raise PlanError(
+                    f"the plan adapts {name}, which cannot carry an adapter: it is {reason}. Plan "
+                    "again without it."
                 )
         if self.model_fingerprint is None or allow_other_base:
             return

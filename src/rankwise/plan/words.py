@@ -27,12 +27,9 @@ def markdown(plan: RankPlan) -> str:
         f"{verdict(plan)} {_sentence(totals(plan))}",
         _sentence(scales(plan)),
     ]
-    measured = plan.provenance.get("profile")
-    if isinstance(measured, Mapping):
-        lines.append(
-            f"Measured on {measured['model']} over {measured['batches']} batches, "
-            f"{measured['tokens']:,} tokens, {measured['dtype']}."
-        )
+    match plan.provenance.get("profile"):  # a plan that was written by hand may say less
+        case {"model": model, "batches": batches, "tokens": int(tokens), "dtype": dtype}:
+            lines.append(f"Measured on {model} over {batches} batches, {tokens:,} tokens, {dtype}.")
     return "\n".join([*lines, "", markdown_layers(_cells(plan))])
 
 

@@ -13,7 +13,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from rankwise.errors import ProfileError
 
 IGNORED_LABEL = -100
-_UNSHIFTED_LOSSES = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
+_UNSHIFTED_LOSSES = (
+    "ForMaskedLM",
+    "ForTokenClassification",
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForAudioClassification",
+)
 
 
 class BatchLoss(NamedTuple):
