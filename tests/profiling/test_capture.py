@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,3 +109,54 @@ def test_checkpointed_body_of_a_frozen_model(use_reentrant: bool) -> None:
     model(ids).backward()
     for name, inputs, gradients in seen:
         torch.testing.assert_close(gradients.T @ inputs, model.get_submodule(name).weight.grad)
+
+
+def five_times_the_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: 5 * gradient)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda _module, _inputs, output: 3 * output,
+        lambda _module, _inputs, output: output.mul_(3),
+        lambda _module, _inputs, output: output.relu_(),
+        five_times_the_gradient,
+    ],
+    ids=["another output", "in place", "in-place activation", "another gradient"],
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+def test_what_follows_a_layer_does_not_hide_its_gradient(
+    hook: Callable[..., Tensor | None], bias: bool, shape: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6, bias=bias), nn.Tanh())
+    model[1].register_forward_hook(hook)
+    x = torch.randn(shape)
+    seen, consume = recorder()
+    with capture_gradients(model, ["0", "1"], consume):
+        model(x).square().sum().backward()
+    model(x).square().sum().backward()
+    assert [name for name, _, _ in seen] == ["1", "0"]
+    for name, inputs, gradients in seen:
+        torch.testing.assert_close(gradients.T @ inputs, model.get_submodule(name).weight.grad)
+
+
+@pytest.mark.parametrize(("layer", "keyword"), [(nn.Linear(4, 6), "input"), (Conv1D(6, 4), "x")])
+def test_a_layer_that_is_called_by_keyword(layer: nn.Module, keyword: str) -> None:
+    x = torch.randn(5, 4)
+    seen, consume = recorder()
+    with capture_gradients(layer, [""], consume):
+        layer(**{keyword: x}).sum().backward()
+    ((_, inputs, gradients),) = seen
+    assert torch.equal(inputs, x) and torch.equal(gradients, torch.ones(5, 6))
+
+
+def test_parameters_that_were_replaced_inside_are_given_back_too() -> None:
+    """Offloading does so around every forward pass."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    _, consume = recorder()
+    with capture_gradients(model, ["0"], consume):
+        model[1].weight = nn.Parameter(model[1].weight.detach(), requires_grad=False)
+    assert all(p.requires_grad for p in model.parameters())

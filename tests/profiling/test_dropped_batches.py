@@ -53,13 +53,13 @@ class TestDroppedBatches:
     ) -> None:
         model = tiny_llama()
         batches = [token_batch([9, 3 + i % 4], seed=i) for i in range(12)]
-        module = "model.layers.0.self_attn.o_proj"  # layer 1 is done when it is reached
+        module = "model.layers.0.mlp.up_proj"  # layer 1 is done when it is reached
         with caplog.at_level(logging.WARNING):
             profile = measure(
                 model,
                 batches,
                 statistics=statistics,
-                loss_fn=poisoned_loss(bad, value, "model.layers.0.mlp.up_proj"),
+                loss_fn=poisoned_loss(bad, value, module),
                 keep_gradients=True,
             )
         good = batches[:bad] + batches[bad + 1 :]
@@ -81,9 +81,7 @@ class TestDroppedBatches:
     def test_more_than_a_tenth_is_an_error(self) -> None:
         batches = [token_batch([5], seed=i) for i in range(9)]
         loss_fn = poisoned_loss(3, math.nan, "model.layers.1.mlp.up_proj")
-        with pytest.raises(
-            ProfileError, match=r"module model\.layers\.1\.self_attn\.o_proj, batch 3:"
-        ):
+        with pytest.raises(ProfileError, match=r"module model\.layers\.1\.mlp\.up_proj, batch 3:"):
             measure(tiny_llama(), batches, loss_fn=loss_fn)
 
     def test_more_than_a_tenth_of_a_short_loader_is_an_error(self) -> None:

@@ -212,6 +212,7 @@ class TestBadFiles:
             (lambda d: d["modules"][NAME].update(sensitivity=-1.0), r"sensitivity: "),
             (lambda d: d["modules"][NAME].update(rank=3), r"rank: Unexpected"),
             (lambda d: d["modules"][NAME].pop("rows"), r"rows: Field required"),
+            (lambda d: d["modules"].clear(), "names no module; profile again"),
             (lambda d: d["modules"].pop(NAME), f"unknown module '{NAME}'"),
             (lambda d: d["modules"].update(ghost=d["modules"][NAME]), "no array for module ghost"),
         ],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 
 from gradient_reference import (
     architectures,
@@ -26,6 +27,7 @@ from rankwise.targets import find_targets
 from tiny_models import (
     ARCHITECTURES,
     IGNORED,
+    tiny_vit,
     token_batch,
 )
 
@@ -121,6 +123,14 @@ class TestWeighting:
 
     def test_multi_label_classes_are_not_shifted(self) -> None:
         model = ARCHITECTURES["bert-classifier"][0](problem_type="multi_label_classification")
+        assert count_labels(model, torch.ones(4, 3)) == 12
+
+    @pytest.mark.parametrize(
+        "kind", [k for k, loss in LOSS_MAPPING.items() if loss is ForSequenceClassificationLoss]
+    )
+    def test_classes_of_pictures_and_sounds_are_not_shifted(self, kind: str) -> None:
+        model = tiny_vit()
+        model.loss_type = kind
         assert count_labels(model, torch.ones(4, 3)) == 12
 
     def test_batch_without_labels_to_predict_counts_nothing(

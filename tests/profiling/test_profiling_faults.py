@@ -4,15 +4,18 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.errors import ProfileError
-from rankwise.profiling import BatchLoss, model_loss, profile_gradients
+from rankwise.profiling import BatchLoss, GradientProfile, model_loss, profile_gradients
 from tiny_models import (
     IGNORED,
     Batch,
@@ -88,6 +91,29 @@ class TestBadInput:
         with pytest.raises(ProfileError, match=r"batch 1 is a tuple"):
             profile_gradients(tiny_llama, [token_batch([5]), (torch.ones(1, 2), 3)])  # type: ignore[list-item]
 
+    @pytest.mark.parametrize(
+        "items", [torch.tensor(4), torch.tensor([4.0]), np.int64(4), np.float32(4), 4.0]
+    )
+    def test_items_of_another_type_become_a_whole_number(
+        self, tiny_llama: PreTrainedModel, tmp_path: Path, items: Any
+    ) -> None:
+        def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            return BatchLoss(model_loss(model, batch).loss, items)
+
+        profile = profile_gradients(tiny_llama, [token_batch([5])], loss_fn=loss_fn, batches=1)
+        profile.save(tmp_path / "profile")
+        assert GradientProfile.load(tmp_path / "profile").provenance.batch_items == [4]
+
+    @pytest.mark.parametrize(
+        "items", [-1, 2.5, math.nan, torch.tensor(math.inf), torch.tensor([1, 2]), None, 10**400]
+    )
+    def test_items_that_are_no_count(self, tiny_llama: PreTrainedModel, items: Any) -> None:
+        def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            return BatchLoss(model_loss(model, batch).loss, items)
+
+        with pytest.raises(ProfileError, match=r"batch 0: .*items=.*whole number of labelled"):
+            profile_gradients(tiny_llama, [token_batch([5])], loss_fn=loss_fn)
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_non_finite_gradient_names_module_and_batch(
         self, tiny_llama: PreTrainedModel, bad: float
@@ -130,6 +156,38 @@ class TestBadInput:
 def test_data_parallel_is_refused_with_the_way_out() -> None:
     with pytest.raises(ProfileError, match=r"model\.module.*torchrun"):
         profile_gradients(nn.DataParallel(tiny_llama()), [token_batch([4])])
+
+
+@pytest.mark.parametrize(
+    ("offload", "named"),
+    [
+        (lambda model: cpu_offload(model, "cpu"), r"embed_tokens\.weight"),
+        (lambda model: model.to("meta"), r"embed_tokens\.weight"),
+        (
+            lambda model: cpu_offload(model.model.layers[1], "cpu"),
+            r"layers\.1\.self_attn\.q_proj\.weight",
+        ),
+    ],
+    ids=["all", "empty", "a target"],
+)
+def test_offloaded_weights_are_refused_before_the_first_batch(offload: Any, named: str) -> None:
+    model = tiny_llama()
+    offload(model)
+    with pytest.raises(ProfileError, match=rf"{named} is on the meta device.*load the model whole"):
+        profile_gradients(model, refuse())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offloaded_layers_that_are_no_targets_are_measured_through(tmp_path: Path) -> None:
+    targets = r"model\.layers\.0\..*_proj"
+    places: dict[str, Any] = dict.fromkeys(["model.embed_tokens", "model.layers.0"], "cpu")
+    places |= dict.fromkeys(["model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places["model.layers.1"] = "disk"
+    whole = profile_gradients(tiny_llama(), [token_batch([5])], targets, batches=1)
+    model = dispatch_model(tiny_llama(), places, "cpu", offload_dir=tmp_path, force_hooks=True)
+    found = profile_gradients(model, [token_batch([5])], targets, batches=1)
+    assert found.modules == whole.modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

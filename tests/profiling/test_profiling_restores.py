@@ -4,9 +4,11 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
 from gradient_reference import (
@@ -145,6 +147,42 @@ class TestEverythingIsGivenBack:
         with pytest.raises(TargetError):
             profile_gradients(uneven_model, [token_batch([6])], ["lm_head"])
         before.assert_unchanged()
+
+    def test_the_random_state_that_a_collator_draws_from(self, tiny_llama: PreTrainedModel) -> None:
+        def collated(samples: list[Batch]) -> Batch:
+            np.random.rand()
+            return samples[0]
+
+        before = np.random.get_state()[1].tolist(), np.random.get_state()[2]
+        profile_gradients(tiny_llama, DataLoader([token_batch([6])], collate_fn=collated))
+        assert (np.random.get_state()[1].tolist(), np.random.get_state()[2]) == before
+
+    @pytest.mark.parametrize("owner", ["loader", "sampler", "batch_sampler"])
+    def test_the_generators_of_a_loader(self, tiny_llama: PreTrainedModel, owner: str) -> None:
+        batches = [token_batch([6], seed=i) for i in range(3)]
+        generator = torch.Generator().manual_seed(5)
+        sampler = RandomSampler(batches, generator=generator)
+        options = {
+            "loader": {"shuffle": True, "generator": generator},
+            "sampler": {"sampler": sampler},
+            "batch_sampler": {"batch_sampler": BatchSampler(sampler, 1, drop_last=False)},
+        }
+        loader = DataLoader(batches, collate_fn=lambda samples: samples[0], **options[owner])
+        before = generator.get_state()
+        profile_gradients(tiny_llama, loader, batches=2)
+        assert torch.equal(generator.get_state(), before)
+
+    def test_running_statistics(self) -> None:
+        def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
+            return BatchLoss(model(batch["x"]).square().mean(), 5)
+
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+        buffers = dict(model.named_buffers())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        batch = {"x": torch.randn(5, 4)}
+        profile_gradients(model, [batch], loss_fn=loss_fn, train_mode=True)
+        for name, buffer in model.named_buffers():
+            assert buffer is buffers[name] and torch.equal(buffer, before[name]), name
 
     def test_an_earlier_gradient_is_left_alone(self, tiny_llama: PreTrainedModel) -> None:
         weight = tiny_llama.model.layers[0].mlp.up_proj.weight

@@ -14,6 +14,7 @@ from rankwise.dynamic.joined import JoinedGradients, JoinedSum
 from rankwise.errors import DynamicError
 from rankwise.profiling import GradientProfile, ModuleStatistics, ProfileProvenance, Statistic
 from rankwise.profiling.capture import capture_gradients
+from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.staging import dense, wide_dtype
 from rankwise.profiling.statistics import ModuleResult, StreamingStatistics, sensitivity
 from rankwise.provenance import versions
@@ -106,6 +107,7 @@ class Window:
         self._hooks.close()
         self._open = False
 
+    @autocast_off()
     def join_(self) -> None:
         """Hold on every worker what all have measured; for a checkpoint, by every worker."""
         if self.batches and not self._is_joined:
@@ -144,6 +146,7 @@ class Window:
         self.statistics.restore(rest)
         self._joined = self._ended
 
+    @autocast_off()
     def finish(self, model_name: str) -> GradientProfile | None:
         """The profile of the window, which then starts anew; None if no batch counts.
 

@@ -140,20 +140,35 @@ def run_forward(job: Job, batch: Batch, index: int) -> tuple[Tensor, int]:
     """The loss of a batch and its labelled items; 0 items means that it is not to be used.
 
     Raises:
-        ProfileError: The batch is no mapping, or its loss has no gradient.
+        ProfileError: The batch is no mapping, its loss has no gradient, or its items are no count.
     """
     if not isinstance(batch, Mapping):
         raise ProfileError(
             f"batch {index} is a {type(batch).__name__}; each batch must be a mapping from "
             "argument name to tensor, as a collator of transformers gives."
         )
-    loss, items = job.loss_fn(job.model, on_device(job.model, batch))
+    loss, count = job.loss_fn(job.model, on_device(job.model, batch))
+    items = _whole(count, index)
     if items and not loss.requires_grad:
         raise ProfileError(
             f"the loss of batch {index} depends on none of the targets, so it has no gradient; "
             "check that loss_fn does not detach it and that targets are used."
         )
     return loss, items
+
+
+def _whole(items: object, index: int) -> int:
+    """The items of a batch as an int, though users count in tensors, numpy numbers and floats."""
+    try:
+        number = float(items)  # type: ignore[arg-type]
+        if number >= 0 and number.is_integer():
+            return int(items)  # type: ignore[call-overload]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass  # None, a tensor of several numbers
+    raise ProfileError(
+        f"batch {index}: loss_fn gave BatchLoss(loss, items) with items={items!r}; it must be the "
+        "whole number of labelled items that the loss is a mean over, 0 or more."
+    )
 
 
 def on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Seeing each target's input and output gradient, exactly once per backward.
 
 `dL/dW = sum_t g_t x_t'` over tokens t, with `x (T, d_in)` the layer's input and `g (T, d_out)` the
-gradient of the loss with respect to its output. Both are seen by a hook on the output *tensor* that
-holds on to the input, which works with every weight frozen, on quantised weights that have no
-`.grad`, and under gradient checkpointing, where a forward hook fires twice but each tensor's
-gradient arrives once.
+gradient of the loss with respect to its output. Both are seen by a hook on the *graph node* that
+made the output, which holds on to the input. That works with every weight frozen, on quantised
+weights that have no `.grad`, under gradient checkpointing, where a forward hook fires twice but
+each node's gradient arrives once, and beside hooks of the user's: the node sees what they make of
+the gradient, not what they make of the output.
 """
 
 from __future__ import annotations
@@ -48,26 +49,38 @@ def capture_gradients(
             _remove_at_exit(stack, module.register_forward_hook(_require_output_grad))
         for name in targets:
             hook = _capturing_hook(name, consume, flat=flat)
-            _remove_at_exit(stack, model.get_submodule(name).register_forward_hook(hook))
+            # before the user's own hooks, which may put another output in the place of the layer's
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            _remove_at_exit(stack, handle)
         yield
 
 
 def _capturing_hook(
     name: str, consume: CaptureConsumer, *, flat: bool
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
+    def on_forward(
+        module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
         output = _require_output_grad(module, inputs, output)
         if not output.requires_grad:
             return output
-        x = inputs[0].detach()
+        if output._is_view():  # changed in place, a view leaves its node out of the graph
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        x = (inputs or tuple(named.values()))[0].detach()  # linear layers have one argument
+        at = output.output_nr
 
-        def on_gradient(gradient: Tensor) -> None:
+        def on_gradient(gradients: tuple[Tensor, ...]) -> None:
+            gradient: Tensor | None = gradients[at]
+            if gradient is None:
+                return
             if flat:
                 consume(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
             else:
                 consume(name, x, gradient)
 
-        output.register_hook(on_gradient)
+        assert output.grad_fn is not None
+        output.grad_fn.register_prehook(on_gradient)
         return output
 
     return on_forward
@@ -107,14 +120,17 @@ def _input_embeddings(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    before = [(p, p.requires_grad) for p in model.parameters()]
+    # by name: offloading puts new parameters in the place of the old ones; all names of tied ones,
+    # which offloading may part
+    before = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
     try:
-        for parameter, _ in before:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in before:
+                parameter.requires_grad_(before[name])
 
 
 def _remove_at_exit(stack: ExitStack, handle: RemovableHandle) -> None:

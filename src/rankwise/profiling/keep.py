@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.files import draft_folder, publish, write_errors_explained
+from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.profile import (
     GRADIENTS_FILE,
     PROFILE_FILE,
@@ -31,6 +32,7 @@ class Keeper:
         self._wanted = gradients
         self._gradients: dict[str, Tensor] = {}
 
+    @autocast_off()
     def keep(self, name: str, result: ModuleResult) -> None:
         """Keep one module's gradient, if gradients are kept; a later one replaces it."""
         if self._wanted:

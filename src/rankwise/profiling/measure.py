@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -22,6 +21,7 @@ from rankwise.profiling.keep import Keeper, keeper
 from rankwise.profiling.loss import LossFunction, model_loss
 from rankwise.profiling.profile import GradientProfile, ProfileProvenance
 from rankwise.profiling.reduce import Found
+from rankwise.profiling.restoring import mode, random_state_kept
 from rankwise.profiling.shared import (
     Counts,
     Results,
@@ -71,8 +71,10 @@ def profile_gradients(
     one layer by the sweep and of every layer by hooks, each as the smaller of a fp32 matrix of the
     weight's size and its input and output gradient; several workers do the same for
     `"convergence"`.
-    The weights stay frozen and no optimizer steps; mode, `requires_grad`, hooks and random state
-    are as before afterwards, also after an error.
+    The weights stay frozen and no optimizer steps; mode, `requires_grad`, hooks, what training mode
+    changes in buffers, and random states (torch's, Python's, numpy's, those of a DataLoader and its
+    samplers) are as before afterwards, also after an error. Under the caller's autocasting only the
+    model and its loss are cast.
 
     Args:
         model: A model without adapters, on the device where it is to be run.
@@ -117,10 +119,11 @@ def profile_gradients(
 
     Raises:
         TargetError: The targets match nothing usable.
-        ProfileError: No batch, no labels, every gradient zero, an unknown statistic or engine, more
-            than a tenth of the batches dropped (names a module and a batch), a model wrapped in
-            DataParallel or sharded over workers, another worker's failure, workers that differ, or
-            too little memory (names the settings that need less).
+        ProfileError: No batch, no labels, a `BatchLoss.items` that is no count, every gradient
+            zero, an unknown statistic or engine, more than a tenth of the batches dropped (names a
+            module and a batch), a model wrapped in DataParallel, sharded over workers or with
+            offloaded weights, another worker's failure, workers that differ, or too little memory
+            (names the settings that need less).
         FileError: `out` cannot be written; what was there is as before.
     """
     workers = find_workers(distributed)
@@ -133,6 +136,7 @@ def profile_gradients(
             _check_count(batches),
             train_mode,
         )
+        _refuse_offloaded(model, settings.selected)
         workers.check_same(settings.facts(model))
         sharded = distributed == "sharded" or (distributed == "auto" and is_sharded(batches_of))
         share = Share(workers, batches, sharded=sharded)
@@ -151,7 +155,10 @@ def profile_gradients(
         )
         dtype = wide_dtype(next(model.parameters()).dtype)
         kept = keep_gradients and (first or out is None)
-        with keeper(out if first else None, job.selected, dtype, gradients=kept) as keep:
+        with (
+            keeper(out if first else None, job.selected, dtype, gradients=kept) as keep,
+            random_state_kept(batches_of),
+        ):
             profile = keep.finish(_measure(job, share.of(batches_of), ledger, engine, keep))
         workers.any(True, "the end")  # a disk that is full at the first worker is everyone's error
     return profile
@@ -188,8 +195,7 @@ def _measure(
     with (
         ExitStack() as generators,
         torch.enable_grad(),
-        _mode(job.model, train=job.train_mode),
-        _random_state_kept(),
+        mode(job.model, train=job.train_mode),
     ):
         results = generators.enter_context(closing(_run_engine(job, batches, ledger, engine)))
         results = generators.enter_context(closing(_kept(results, keep)))
@@ -257,29 +263,6 @@ def _run_engine(job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str)
 
 
 @contextmanager
-def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
-    """Switch every submodule's mode, and give each its own back."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(train)
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python_state = random.getstate()  # collators draw from it
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-
-
-@contextmanager
 def _memory_errors_explained() -> Iterator[None]:
     try:
         yield
@@ -324,6 +307,27 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "worker with the whole model."
         )
     return model
+
+
+def _refuse_offloaded(model: nn.Module, selected: Targets) -> None:
+    """Refuse targets whose weights are elsewhere, and a model whose place for batches is nowhere.
+
+    Raises:
+        ProfileError: Names the parameter.
+    """
+    first = next(iter(model.named_parameters()))
+    within = [
+        (f"{name}.{inner}", parameter)
+        for name in selected
+        for inner, parameter in model.get_submodule(name).named_parameters()
+    ]
+    for name, parameter in (first, *within):
+        if parameter.is_meta:
+            raise ProfileError(
+                f"parameter {name} is on the meta device, where offloading to the CPU or the disk "
+                "leaves it between uses; load the model whole, with no layer offloaded by "
+                "device_map and not under init_empty_weights()."
+            )
 
 
 def _check_engine(engine: str) -> str:

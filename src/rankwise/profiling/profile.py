@@ -273,6 +273,8 @@ class GradientProfile(Displayed):
             text, _ProfileDocument, path=path, what="profile", version=SCHEMA_VERSION
         )
         modules, n = document.modules, document.provenance.batches
+        if not modules:
+            raise FileError(f"profile {path}: names no module; profile again.")
         spectra = _read(
             folder / _SPECTRA_FILE, {k: (m.shape.max_rank,) for k, m in modules.items()}
         )

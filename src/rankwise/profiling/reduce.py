@@ -15,6 +15,7 @@ from torch import Tensor
 from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Job
 from rankwise.profiling.parallel import map_in_order
+from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.profile import GradientProfile, ModuleStatistics, ProfileProvenance
 from rankwise.profiling.staging import TokenGradient
 from rankwise.profiling.statistics import ModuleResult, sensitivity
@@ -74,6 +75,7 @@ class Found:
         if reduced.convergence is not None:
             self.convergence[reduced.name] = reduced.convergence
 
+    @autocast_off()
     def _reduce(self, named: tuple[str, ModuleResult]) -> _Reduced:
         """One module's statistics; runs beside others."""
         name, result = named

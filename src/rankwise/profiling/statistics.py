@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.errors import ProfileError
+from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.staging import (
     GradientSum,
     KeptGradients,
@@ -96,7 +97,8 @@ class StreamingStatistics:
     Mean gradient: `G = sum_b n_b G_b / sum_b n_b` with `G_b = sum_t g_t x_t'` the gradient of the
     mean loss of batch b over its `n_b` labelled items (RaLoRA Algorithm 1, weighted so that unequal
     batches count by their items). Gram matrix: `<G_a, G_b> / M`, each batch as it is (GARD 3.2).
-    Products and sums are fp32 or wider: in fp16 a gradient of 1e-4 loses most of its entries.
+    Products and sums are fp32 or wider, under autocasting too: in fp16 a gradient of 1e-4 loses
+    most of its entries.
 
     A batch with a NaN or an infinity anywhere counts for no module. What that needs is held per
     module until the batch is over: the smaller of its input and output gradient and one matrix of
@@ -134,6 +136,7 @@ class StreamingStatistics:
         self._staged = {}
         self._spoiled = None
 
+    @autocast_off()
     def consume(
         self, name: str, x: Float[Tensor, "*rows d_in"], g: Float[Tensor, "*rows d_out"]
     ) -> None:
@@ -169,6 +172,7 @@ class StreamingStatistics:
         """Let the running batch be dropped, for the sake of `name` unless a module was first."""
         self._spoiled = self._spoiled or name
 
+    @autocast_off()
     def end_batch(self) -> str | None:
         """Let the batch count, or drop it and return the module that holds a NaN or infinity."""
         self._last_input = None
@@ -222,6 +226,7 @@ class StreamingStatistics:
             module.stream.restore(parts[name])
             module.rows, module.batches, module.zero_batches = counts
 
+    @autocast_off()
     def pop(self, name: str) -> ModuleResult:
         """The statistics of a module, giving up its memory."""
         module = self._modules.pop(name)

@@ -15,6 +15,7 @@ from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Batch, Job, is_finite, run_forward
 from rankwise.profiling.capture import capture_gradients
 from rankwise.profiling.loss import IGNORED_LABEL, model_loss
+from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.staging import wide_dtype
 from rankwise.profiling.sweep.head import ChunkedLoss
 from rankwise.profiling.sweep.passes import begin_stack, end_stack, run_layer, run_top
@@ -167,6 +168,7 @@ class Sketch:
         """Nothing, as `begin_batch`."""
         return None
 
+    @autocast_off()
     def consume(self, name: str, x: Tensor, g: Tensor) -> None:
         """Add one use of a module."""
         wide = wide_dtype(x.dtype)
