@@ -166,17 +166,17 @@ def _moments(
     for key, value in state.get(parameter, {}).items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             continue  # step counts
-        if key not in _MOMENTS:
-            raise DynamicError(
-                f"{name}: the optimizer keeps {key!r} of every parameter, which may be no moment "
-                "but another iterate of it, so it cannot follow a change of rank. Use an optimizer "
-                "with plain moments: AdamW, Adam, SGD."
-            )
         if value.shape != parameter.shape or not value.is_floating_point():
             raise DynamicError(
                 f"{name}: the optimizer keeps {key!r} as {value.dtype} {tuple(value.shape)} for a "
                 f"factor of shape {tuple(parameter.shape)}, so its rows cannot follow a change of "
                 "rank. Use an optimizer with plain moments: AdamW, Adam, SGD."
+            )
+        if key not in _MOMENTS:
+            raise DynamicError(
+                f"{name}: the optimizer keeps {key!r} of every parameter, which may be no moment "
+                "but another iterate of it, so it cannot follow a change of rank. Use an optimizer "
+                "with plain moments: AdamW, Adam, SGD."
             )
         yield key, value
 
