@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rankwise.tables import layer_table
+from rankwise.tables import layer_table, make_table, render
 
 
 def test_layers_are_in_order_whatever_order_they_come_in() -> None:
@@ -17,3 +17,9 @@ def test_two_stacks_keep_their_order() -> None:
     positions = [text.index(part) for part in ("encoder.0", "decoder.0", "decoder.1", "head")]
     assert positions == sorted(positions)
     assert text.startswith("title") and text.endswith("caption")
+
+
+def test_names_are_no_markup() -> None:
+    row = ["[bold]q", "m[/x]"]
+    text = render(make_table(["[red]", ":smile:"], [row], title="[/y]", caption="[z]"))
+    assert all(part in text for part in (*row, "[red]", ":smile:", "[/y]", "[z]"))

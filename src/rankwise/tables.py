@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rankwise.targets import layer_position
 
@@ -26,19 +27,22 @@ def make_table(
     title: str | None = None,
     caption: str | None = None,
 ) -> Table:
-    """A table whose first column is left-aligned and whose others are numbers."""
+    """A table whose first column is left-aligned and whose others are numbers.
+
+    Nothing in it is markup: names come from files.
+    """
     table = Table(
-        title=title,
-        caption=caption,
+        title=None if title is None else Text(title),
+        caption=None if caption is None else Text(caption),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
         title_style="bold",
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 

@@ -143,6 +143,24 @@ def test_unknown_paths_are_refused(content: str | None, tmp_path: Path) -> None:
     assert not out.with_suffix(".json").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "name"), [("modules", "d_in"), ("provenance", "tokens"), ("plan", "budget")]
+)
+def test_numbers_that_no_float_holds_are_refused(part: str, name: str, tmp_path: Path) -> None:
+    profile = make_profile(layers=1)
+    profile.save(tmp_path / "profile")
+    plan = Lora(r=2).plan(profile)
+    plan.save(tmp_path / "plan.json")
+    file = tmp_path / ("plan.json" if part == "plan" else "profile/profile.json")
+    document = json.loads(file.read_text())
+    place = document if part == "plan" else document[part]
+    (next(iter(place.values())) if part == "modules" else place)[name] = 10**400
+    file.write_text(json.dumps(document))
+    path = file if part == "plan" else file.parent
+    with pytest.raises(FileError, match=rf"{name} is beyond \d+; the file is broken"):
+        write_report([path], tmp_path / "report.html")
+
+
 def test_no_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="at least one"):
         write_report([], tmp_path / "report.html")

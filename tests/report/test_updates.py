@@ -55,6 +55,8 @@ def test_spectra_are_those_of_the_dense_update(method: Lora | RaLora, tmp_path: 
         ({"use_rslora": True}, 16 / 2),
         ({"alpha_pattern": {"k_proj": 32}}, 32 / 4),
         ({"alpha_pattern": {"q_proj": 32}}, 16 / 4),
+        ({"alpha_pattern": {"^k_proj": 32}}, 16 / 4),
+        ({"alpha_pattern": {r"^model\.layers\.0\.attn\.k_proj$": 32}}, 32 / 4),
     ],
 )
 def test_the_scaling_is_pefts(config: dict[str, Any], factor: float, tmp_path: Path) -> None:
@@ -137,6 +139,10 @@ def _break(folder: Path, how: str) -> None:
         ('{"peft_type": "IA3"}', "'ia3'"),
         ('{"use_dora": true}', "DoRA"),
         ('{"r": 0}', "no positive alpha and r"),
+        (f'{{"r": 1{"0" * 400}}}', "no positive alpha and r below"),
+        (f'{{"lora_alpha": 1{"0" * 400}}}', "no positive alpha and r below"),
+        (f'{{"alpha_pattern": {{"q_proj": 1{"0" * 400}}}}}', "alpha of 10000"),
+        ('{"alpha_pattern": {"(.*a)*b": 8}}', "regular expressions from elsewhere are not run"),
         ('{"lora_alpha": "8"}', "no positive alpha and r"),
         ('{"alpha_pattern": {"(": 8}}', "regular expressions"),
         ('{"alpha_pattern": {"q_proj": -1}}', "alpha of -1"),

@@ -87,7 +87,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], No
     if not stderr.is_terminal:
         yield stderr.print, None
         return
-    with Bar(BarColumn(), TextColumn("{task.description}"), console=stderr) as bar:
+    with Bar(BarColumn(), TextColumn("{task.description}", markup=False), console=stderr) as bar:
         shown = bar.add_task("starting")
 
         def show(progress: Progress) -> None:

@@ -20,6 +20,7 @@ from rankwise.plan import RankPlan
 from rankwise.profiling.profile import GradientProfile
 from rankwise.records import RunRecord
 from rankwise.report.comparison_view import ComparisonView, load_comparison
+from rankwise.report.limits import check_numbers
 from rankwise.report.plan_view import plan_of_run, view_of_plan
 from rankwise.report.profile_view import view_of_profile
 from rankwise.report.run_view import view_of_run
@@ -137,9 +138,10 @@ def _read(path: Path, sources: _Sources) -> None:
     kind = recognise(path)
     named = path.resolve()
     if kind == "profile":
-        sources.profiles.append(GradientProfile.load(path))
+        sources.profiles.append(_checked(GradientProfile.load(path), path))
     elif kind == "plan":
         sources.plans.append(RankPlan.load(path))
+        check_numbers(sources.plans[-1], path)
     elif kind == "comparison":
         file = path / RESULTS_FILE if path.is_dir() else path
         sources.comparisons.append(load_comparison(file))
@@ -147,16 +149,23 @@ def _read(path: Path, sources: _Sources) -> None:
         sources.adapters.append(SourceAdapter(path, _adapter_name(named)))
     else:
         saved = load_run(path) if kind == "run" else SavedRun(RunRecord.load(path))
+        check_numbers({"record": saved.record, "plan": saved.plan}, path)
         extras = read_extras(path) if kind == "run" else RunExtras()
         folder = named.name if kind == "run" else named.parent.name
         sources.runs.append(SourceRun(saved.record, folder, extras))
         sources.plans.append(saved)
         if saved.profile is not None:
-            sources.profiles.append(saved.profile)
+            sources.profiles.append(_checked(saved.profile, path))
         adapter = path / ADAPTER_FOLDER
         if kind == "run" and (adapter / ADAPTER_CONFIG_FILE).is_file():
             method = saved.record.method
             sources.adapters.append(SourceAdapter(adapter, method, extras.analysis))
+
+
+def _checked(profile: GradientProfile, path: Path) -> GradientProfile:
+    """The profile, without a look into its lazily read arrays."""
+    check_numbers({"modules": profile.modules, "provenance": profile.provenance}, path)
+    return profile
 
 
 def _adapter_name(folder: Path) -> str:

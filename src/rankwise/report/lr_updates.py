@@ -46,7 +46,7 @@ def lr_updates(
     """
     try:
         settings = LrLoraConfig(**{key: config[key] for key in _FUNCTION if key in config})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise FileError(f"{folder}: its configuration is not LR-LoRA's ({error}).") from error
     if settings.basis != "sine":
         expected = (BASES[settings.basis].amplitudes(settings.points),)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from rankwise.adapters.scaling import update_scaling
@@ -27,6 +26,8 @@ from rankwise.spectra import effective_rank, singular_values, stable_rank
 from rankwise.targets import LinearShape, layer_position
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+LARGEST = 1e9
+"""No alpha and no rank reaches it; beyond some of them lies what no float holds."""
 _Scaling = Callable[[str, int, int], float]
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.((?:ra)?lora)_([AB])\.weight")
 
@@ -156,7 +157,9 @@ def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> _Scaling:
     alpha = config.get("alpha" if kind == "ralora" else "lora_alpha")
     r, patterns = config.get("r"), config.get("alpha_pattern") or {}
     if not (_positive(alpha) and _positive(r) and isinstance(patterns, dict)):
-        raise FileError(f"{folder}: its configuration names no positive alpha and r.")
+        raise FileError(
+            f"{folder}: its configuration names no positive alpha and r below {LARGEST:.0e}."
+        )
     assert isinstance(alpha, int | float) and isinstance(r, int | float)
     if kind == "ralora":
         options = {key: config.get(key, allowed[0]) for key, allowed in BLOCK_CHOICES.items()}
@@ -172,21 +175,39 @@ def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> _Scaling:
             scaling=options["scaling"],
         )
 
+    literal = [(*_literal(key, folder), own) for key, own in patterns.items()]
+
     def scaling(name: str, blocks: int, rank: int) -> float:
-        try:
-            own = patterns.get(get_pattern_key(list(patterns), name), alpha)
-        except re.error as error:
-            raise FileError(f"{folder}: alpha_pattern holds no regular expressions.") from error
+        matches = (
+            own
+            for key, whole, own in literal
+            if name == key or (not whole and name.endswith(f".{key}"))
+        )
+        own = next(matches, alpha)
         if not _positive(own):
-            raise FileError(f"{folder}: alpha_pattern gives {name} an alpha of {own!r}.")
+            raise FileError(
+                f"{folder}: alpha_pattern gives {name} an alpha of {str(own)[:20]}, which is no "
+                f"positive number below {LARGEST:.0e}."
+            )
         return float(own) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scaling
 
 
+def _literal(key: str, folder: Path) -> tuple[str, bool]:
+    """The module name that a key stands for, and whether for no other that ends in it."""
+    name = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
+    if not re.fullmatch(r"[\w.\-]+", name):
+        raise FileError(
+            f"{folder}: the key {key!r} of alpha_pattern is no module name; regular expressions "
+            "from elsewhere are not run. Write one key per module."
+        )
+    return name, key.startswith("^")
+
+
 def _positive(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return number and 0 < value < LARGEST
 
 
 def _pair(factors: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:
