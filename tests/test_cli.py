@@ -136,6 +136,35 @@ def test_errors_are_one_line_with_a_remedy(
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("command", ["plan", "export"])
+def test_a_missing_extra_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("rankwise.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    arguments = {"plan": ["x"], "export": ["x", "y", "--out", place / "z"]}
+    assert call(command, *arguments[command]) == 1
+    error = capsys.readouterr().err
+    assert "needs datasets, which is not installed; run pip install 'rankwise[train]'" in error
+
+
+def test_train_takes_a_plan_for_another_base(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = yaml.safe_load((place / "run.yaml").read_text())
+    options = ["--out", tmp_path / "p", "--batches", 1]
+    assert call("profile", place / "model", place / "train.jsonl", *options) == 0
+    assert call("plan", tmp_path / "p", "r=2", "--out", tmp_path / "plan.json") == 0
+    run |= {"output": str(tmp_path / "a"), "method": {"name": "ralora"}}
+    run["plan"] = str(tmp_path / "plan.json")
+    run["model"] = str(save_tiny_llama(tmp_path / "other", seed=1))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(run))
+    assert call("train", tmp_path / "a.yaml") == 1
+    assert "--allow-other-base" in capsys.readouterr().err
+    assert call("train", tmp_path / "a.yaml", "--allow-other-base") == 0
+
+
 def test_debug_shows_the_traceback(place: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "rankwise.cli", "--debug", "train", "absent.yaml"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from rankwise import LrLoraConfig
 from rankwise.adapters import LrLoraLinear
@@ -142,6 +143,22 @@ def test_conditioning() -> None:
     assert narrow["condition_number"] > 1e12
     orthogonal = conditioning(sample("sine"), -1, 1)
     assert orthogonal == {"condition_number": pytest.approx(1), "directions_at_1e-6": 1}
+
+
+class _ZeroHasDevice(TorchFunctionMode):
+    """On a CPU a forgotten device does no harm: only the call for f(0) shows it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert (func, args) != (torch.zeros, (1,)) or "device" in (kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def test_f0_is_taken_where_the_adapter_lies() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LrLoraConfig(r=2, target_modules=["0"]))
+    callback = AnalysisCallback(model, [0])
+    with _ZeroHasDevice():
+        callback._record(0)
+    assert len(callback.document()["steps"]) == 1
 
 
 def test_no_step_is_recorded_twice() -> None:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.dynamic import DynamicOptions
 from rankwise.errors import ConfigError, FileError
-from rankwise.methods import RaLoraPro
-from rankwise.training.config import load_config, make_method, parse_assignment
+from rankwise.methods import Gard, RaLoraPro
+from rankwise.training.config import load_config
+from rankwise.training.options import make_method
+from rankwise.training.yaml_text import parse_assignment
 
 MINIMAL = "model: m\noutput: o\ndata: {train: t.jsonl}\n"
 
@@ -63,6 +66,22 @@ def test_defaults_and_overrides(run_yaml: Path) -> None:
         (MINIMAL + "method: {name: ralora, scaling: functon}\n", r"did you mean 'function'\?"),
         (MINIMAL + "method: {name: lora, scaling: paper}\n", r"lora has no such option"),
         (MINIMAL + "dtype: int8\n", r"dtype: .*'float32'"),
+        (MINIMAL + "method: {name: ralora-pro, r_min: x}\n", r"method\.r_min='x': .*integer"),
+        (MINIMAL + "method: {name: gard, energy: a}\n", r"method\.energy='a': .*number"),
+        (MINIMAL + "method: {name: gard, per_cost: x}\n", r"method\.per_cost='x': .*boolean"),
+        (MINIMAL + "method: {name: ralora-threshold, threshold: x}\n", r"threshold='x': .*number"),
+        (MINIMAL + f"method: {{name: lora, alpha: 1{'0' * 400}}}\n", r"method\.alpha=1.*number"),
+        (MINIMAL + "adapter: {kind: [1]}\n", r"adapter\.kind=\[1\]"),
+        (MINIMAL + "method: {name: full}\nanalysis: {steps: [0]}\n", "records adapters"),
+        (
+            MINIMAL + "plan: p.json\nmethod: {r: 4, name: lora}\n",
+            r"method\.r=4: is not used beside",
+        ),
+        (MINIMAL + "seed: 2024-13-45\n", r"month must be in 1\.\.12\); put it in quotes"),
+        (MINIMAL + f"seed: {'1' * 5000}\n", r"a value looks like a date or a number"),
+        (MINIMAL + "seed: 4294967296\n", r"seed: .*less than 4294967296"),
+        (MINIMAL + "seed: 1\nseed: 2\n", r"line 5 \('seed' stands twice; keep one\)"),
+        (MINIMAL + "training:\n  steps: 1\n  steps: 2\n", r"line 6 \('steps' stands twice"),
         ("model: m\n", r"Field required"),
         ("- a\n- b\n", r"must hold keys and values"),
         ("model: [\n", r"not valid YAML, line 2"),
@@ -91,6 +110,19 @@ def test_a_huge_file_is_not_read(run_yaml: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_bad_override(run_yaml: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"key=value|not a section"):
         load_config(run_yaml, [override])
+
+
+def test_an_empty_section_is_absent(run_yaml: Path) -> None:
+    run_yaml.write_text(MINIMAL + "track: null\ndynamic: null\nmethod: {name: gard}\n")
+    config = load_config(run_yaml, ["track.every=2", "dynamic.interval=2"])
+    assert config.track is not None and config.track.every == 2
+    assert config.make_dynamic() == DynamicOptions(interval=2)
+    assert load_config(run_yaml, track="gid").track is not None
+
+
+def test_a_plan_takes_options_only_where_ranks_move_on(run_yaml: Path) -> None:
+    run_yaml.write_text(MINIMAL + "plan: p.json\nmethod: {name: gard-dynamic, energy: 0.8}\n")
+    assert load_config(run_yaml).make_method() == Gard(energy=0.8)
 
 
 def test_assignments_are_yaml() -> None:

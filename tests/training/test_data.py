@@ -136,6 +136,35 @@ def test_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, suffix: str
     assert decoded == SENTENCES
 
 
+def test_cells_of_csv_are_text_as_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("prompt,completion,note\na,007,\nb,NA,1\nc,null,2\nd,3.10,3\n")
+    config = DataConfig(train=str(path), held_out=str(path))
+    rows = load_token_data(config, tokenizer, seed=0).train
+    assert [tokenizer.decode(row["input_ids"][:-1]) for row in rows] == [
+        "a007", "bNA", "cnull", "d3.10",
+    ]  # fmt: skip
+    path.write_text("prompt,completion\na,1\nb,\n")
+    with pytest.raises(DataError, match="a row has an empty cell where text is expected"):
+        load_token_data(config, tokenizer, seed=0)
+
+
+def test_numbers_of_json_are_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = str(write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "completion": 42}] * 2))
+    row = load_token_data(DataConfig(train=path), tokenizer, seed=0).train[0]
+    assert tokenizer.decode(row["input_ids"][:-1]) == "a42"
+
+
+def test_a_split_that_leaves_nothing_to_train_on(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = DataConfig(train=str(write_texts(tmp_path / "t.jsonl", 2)), held_out_fraction=0.9)
+    with pytest.raises(DataError, match=r"held_out_fraction=0\.9 of the 2 rows .* leaves none"):
+        load_token_data(config, tokenizer, seed=0)
+
+
 def test_split_is_the_seeds(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = DataConfig(train=str(write_texts(tmp_path / "t.jsonl", 40)), held_out_fraction=0.25)
     first, again, other = (load_token_data(config, tokenizer, seed=s) for s in (0, 0, 1))
@@ -186,8 +215,9 @@ def test_rows_with_nothing_to_predict_are_counted(
         ("", "is empty"),
         ("{not json\n", "cannot be read"),
         ('{"a": 1, "b": 2}\n', r"has columns a, b; it needs 'text', or 'prompt' and 'completion'"),
-        ('{"text": 3}\n', "holds int where text is expected"),
-        ('{"text": null}\n', "where text is expected"),
+        ('{"text": true}\n', "holds bool where text is expected"),
+        ('{"text": [{"role": "user"}]}\n', "holds list where text is expected; conversations"),
+        ('{"text": null}\n', "empty cell where text is expected"),
         ('{"text": ""}\n', "anything to predict"),
     ],
 )

@@ -3,13 +3,21 @@ from __future__ import annotations
 import errno
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rankwise.adapters import load_adapter
 from rankwise.adapters.fuse_lora import FusedLoraLinear
@@ -17,9 +25,10 @@ from rankwise.errors import ConfigError, DataError, FileError, PlanError, Rankwi
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
 from rankwise.records import RunRecord
-from rankwise.training import RunConfig, train
+from rankwise.training import RunConfig, fit, train
 from rankwise.training.data import load_token_data
 from rankwise.training.evaluate import held_out_loss
+from rankwise.training.train import load_model, own_device
 from tiny_folder import save_tiny_llama, write_rows, write_texts
 
 
@@ -85,7 +94,8 @@ def test_a_saved_plan_is_used(place: Path, tmp_path: Path) -> None:
     """With its scaling and its drawing, which came from the run's method."""
     options = {"scaling": "paper", "rank_scaling": "sqrt_r", "init_fan_in": "block"}
     run = train(config(place, tmp_path / "a", method={"name": "ralora", "r": 2, **options}))
-    again = train(config(place, tmp_path / "b", plan=str(tmp_path / "a/plan.json")))
+    beside = {"plan": str(tmp_path / "a/plan.json"), "method": {"name": "ralora"}}
+    again = train(config(place, tmp_path / "b", **beside))
     assert again.plan == run.plan
     assert again.profile is None
     assert again.record.held_out == run.record.held_out
@@ -170,7 +180,8 @@ def _bad(place: Path) -> dict[str, tuple[dict[str, object], type[RankwiseError],
         "empty": ({"data": {"train": str(place / "empty.jsonl")}}, DataError, "is empty"),
         "no target": ({"targets": ["q_prj"]}, TargetError, "did you mean 'q_proj'"),
         "large rank": ({"method": {"name": "lora", "r": 17}}, PlanError, "exceeds"),
-        "no plan": ({"plan": str(place / "plan.json")}, FileError, "no such file"),
+        "no plan": ({"plan": str(place / "plan.json"), "method": {"name": "ralora"}},
+                    FileError, "no such file"),
     }  # fmt: skip
 
 
@@ -187,12 +198,13 @@ def test_bad_input_writes_nothing(place: Path, tmp_path: Path, case: str) -> Non
 def test_a_plan_for_another_model_is_refused(place: Path, tmp_path: Path) -> None:
     train(config(place, tmp_path / "a"))
     save_tiny_llama(tmp_path / "other", seed=1)
-    changed = config(place, tmp_path / "b", plan=str(tmp_path / "a/plan.json")).model_copy(
-        update={"model": str(tmp_path / "other")}
-    )
+    beside = {"plan": str(tmp_path / "a/plan.json"), "method": {"name": "ralora"}}
+    beside["model"] = str(tmp_path / "other")
     with pytest.raises(PlanError, match=r"made for another model: .* has [0-9a-f]{16}"):
-        train(changed)
+        train(config(place, tmp_path / "b", **beside))
     assert not (tmp_path / "b").exists()
+    train(config(place, tmp_path / "b", allow_other_base=True, **beside))
+    assert (tmp_path / "b/record.json").is_file()
 
 
 def test_a_full_disk_leaves_the_earlier_run(
@@ -205,10 +217,97 @@ def test_a_full_disk_leaves_the_earlier_run(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PeftModel, "save_pretrained", full)
-    with pytest.raises(FileError, match=r"No space left on device\); nothing was changed"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(FileError, match=r"No space left on device\); nothing was changed.* Nor"):
         train(config(place, tmp_path / "run", seed=1))
     assert (tmp_path / "run/record.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_was_trained_outlives_a_failed_save(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "save", full)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    with pytest.raises(FileError, match=r"No space left .* The trained weights are in") as failure:
+        train(config(place, tmp_path / "run"))
+    (kept,) = (tmp_path / "elsewhere").iterdir()
+    assert str(kept) in str(failure.value)
+    assert not (tmp_path / "run").exists()
+    load_adapter(AutoModelForCausalLM.from_pretrained(place / "model"), kept)
+
+
+def test_several_processes_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* one process.* rankwise\.RankCallback"):
+        train(config(place, tmp_path / "run", model="absent"))
+
+
+def test_the_model_goes_to_the_gpu_of_its_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert own_device() == torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (own_device(), chosen) == (torch.device("cuda:1"), [1])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="LOCAL_RANK=2: there are 2 GPUs"):
+        own_device()
+    monkeypatch.undo()
+    monkeypatch.setitem(load_model.__globals__, "own_device", lambda: torch.device("meta"))
+    model, _ = load_model(str(place / "model"), "float32")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_several_gpus_make_no_batch_larger(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = fit._arguments(config(place, tmp_path / "run"), 1, tmp_path)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+
+
+def test_a_constant_learning_rate_warms_up(place: Path, tmp_path: Path) -> None:
+    training = {"steps": 8, "scheduler": "constant", "warmup": 0.5, "learning_rate": 0.01}
+    arguments = fit._arguments(config(place, tmp_path / "run", training=training), 8, tmp_path)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, 8)
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01, 0.01])
+
+
+class _Tool(TrainerCallback):  # type: ignore[misc]
+    """Writes where TensorBoard's does."""
+
+    def on_log(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        folder = Path(args.output_dir) / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "events").write_text("loss")
+
+
+def test_what_report_to_names_is_checked_first_and_its_files_stay(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"steps": 1, "report_to": ["tensorbord"]}
+    with pytest.raises(ConfigError, match=r"training\.report_to=\['tensorbord'\]: .*tensorboard"):
+        train(config(place, tmp_path / "run", model="absent", training=settings))
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", _Tool)
+    settings["report_to"] = ["tensorboard"]
+    train(config(place, tmp_path / "run", training=settings))
+    assert (tmp_path / "run/logs/runs/events").read_text() == "loss"
 
 
 def test_somebody_elses_folder_is_not_replaced(place: Path, tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from rankwise.errors import RankwiseError
 
 __all__ = ["main"]
 
+_EXTRAS = {"datasets": "train", "trl": "train", "accelerate": "train"}
+"""Packages that commands import, and the extra that brings them."""
+
 # in the order in which the help lists them
 for _command in (profile, plan, diff, train, compare, export, inspect, landscape, report, demo):
     app.command()(_command)
@@ -34,6 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         stderr.print(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if debug or extra is None:
+            raise
+        stderr.print(
+            f"error: this command needs {error.name}, which is not installed; run pip install "
+            f"'rankwise[{extra}]'."
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         stderr.print("interrupted")

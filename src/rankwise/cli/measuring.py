@@ -80,8 +80,8 @@ def profile(
         torchrun --nproc-per-node=2 -m rankwise.cli profile ...
     """
     from rankwise.profile_tables import check_column
-    from rankwise.training.config import parse_assignment
     from rankwise.training.profile_run import ProfileSettings, run_profile
+    from rankwise.training.yaml_text import parse_assignment
 
     check_column(column)
     told = dict(map(parse_assignment, more or ()))
@@ -161,7 +161,8 @@ def plan(
     """
     from rankwise.curve import budget_curve
     from rankwise.profiling import GradientProfile
-    from rankwise.training.config import make_method, parse_assignment
+    from rankwise.training.options import make_method
+    from rankwise.training.yaml_text import parse_assignment
 
     chosen = make_method(method, dict(parse_assignment(option) for option in options or ()))
     measured = GradientProfile.load(profile)

@@ -20,6 +20,9 @@ def train(
             "and last layer unless track.every and track.modules say otherwise.",
         ),
     ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="The same as allow_other_base=true.")
+    ] = False,
 ) -> None:
     """Fine-tune: profile, plan, train, evaluate, and write adapter, plan and record.
 
@@ -30,7 +33,8 @@ def train(
     from rankwise.training import load_config
     from rankwise.training import train as run_training
 
-    loaded = load_config(config, overrides or (), track=track)
+    settings = [*(overrides or ()), *(["allow_other_base=true"] if allow_other_base else [])]
+    loaded = load_config(config, settings, track=track)
     run = run_training(loaded, notify=stderr.print)
     stdout.print(_summary(run.record))
     stderr.print(f"adapter, plan and record saved to {loaded.output}")

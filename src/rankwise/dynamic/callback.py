@@ -43,8 +43,9 @@ class RankCallback(TrainerCallback, ExportableState):
 
     Pass it to the Trainer's constructor, because slots must be there before the optimizer is. What
     it does, step by step: before an event it measures the gradients of the batches that train
-    anyway; after the event's optimizer step it moves ranks; into every checkpoint it puts its
-    state; at the end it leaves plain LoRA.
+    anyway; after the event's optimizer step it moves ranks, but not after the last step, because
+    no step would train them; into every checkpoint it puts its state; at the end it leaves plain
+    LoRA.
 
     Scalars (`rank/MODULE`, `estimate/MODULE` or `gid/MODULE`, and totals) go at every event to the
     Trainer's log history and to its other callbacks, and so to the tools that `report_to` names,
@@ -179,7 +180,10 @@ class RankCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Move ranks if it is time; let one worker have all if it is going to save."""
-        if self.ranks.step() is not None:
+        if 0 < state.max_steps <= state.global_step:
+            # what grows now would never train, and what shrinks would never be made up for
+            self.ranks.window.clear()
+        elif self.ranks.step() is not None:
             self._report(args, state, control)
         if control.should_save:
             self.ranks.join()

@@ -31,7 +31,8 @@ from rankwise.experiments.settings import (
 from rankwise.experiments.tasks import TASKS, Task
 from rankwise.experiments.tasks.base import LOWER_IS_BETTER
 from rankwise.files import describe, read_text
-from rankwise.training.config import parse_assignment, parse_yaml, refuse_unknown
+from rankwise.training.config import refuse_unknown
+from rankwise.training.yaml_text import parse_assignment, parse_yaml
 
 Settings = TypeVar("Settings", bound=Section)
 

@@ -18,7 +18,7 @@ from rankwise.methods import METHODS, Method
 from rankwise.methods.budgeted import BudgetedMethod
 from rankwise.profiling import GradientProfile, Statistic
 from rankwise.targets import LinearShape
-from rankwise.training.config import make_method
+from rankwise.training.options import make_method
 
 Shapes = Mapping[str, LinearShape]
 

@@ -19,7 +19,7 @@ from rankwise.experiments.ours import lr_lora, melora
 from rankwise.experiments.sizing import Baseline, Job, Size
 from rankwise.methods import METHODS
 from rankwise.targets import LinearShape
-from rankwise.training.config import make_method
+from rankwise.training.options import make_method
 
 _DYNAMIC, _EARLY = "-dynamic", "-early-dynamic"
 _OWN_KEYS = ("name", "label", "learning_rate", "alpha_over_r")

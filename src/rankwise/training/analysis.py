@@ -102,7 +102,7 @@ class AnalysisCallback(TrainerCallback):
         if not isinstance(layer, LrLoraLinear):
             return found
         f, u = layer.transfer(self._adapter), _u_of(layer, self._adapter)
-        constant = float(evaluate(torch.zeros(1), f))
+        constant = float(evaluate(torch.zeros(1, device=u.device), f))
         points = f.grid if f.grid is not None else torch.tensor([-f.span, f.span])
         before, now = self._passes[name], layer.lrlora_passes[self._adapter]
         self._passes[name] = list(now)

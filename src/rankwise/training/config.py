@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from peft import LoraConfig
 from pydantic import (
     BaseModel,
@@ -23,13 +21,10 @@ from rankwise.adapters import LrLoraConfig, RaLoraConfig
 from rankwise.dynamic import DynamicOptions, rule_of
 from rankwise.errors import ConfigError, PlanError, nearest
 from rankwise.files import describe, read_text
-from rankwise.methods import METHODS, Method
+from rankwise.methods import Method
+from rankwise.training.options import FULL, build, make_method
+from rankwise.training.yaml_text import parse_assignment, parse_yaml
 
-MAX_DEPTH = 20
-"""Deepest nesting of a configuration file; ours needs three."""
-
-FULL = "full"
-"""Full fine-tuning, which is no method of ranks."""
 _DYNAMIC = "-dynamic"
 _ADAPTERS: Mapping[str, type[LoraConfig | LrLoraConfig | RaLoraConfig]] = {
     "lora": LoraConfig,
@@ -161,8 +156,11 @@ class RunConfig(_Section):
     )
     targets: str | list[str] = "all-linear"
     plan: str | None = Field(default=None, description="a saved plan, instead of profiling")
+    allow_other_base: bool = Field(
+        default=False, description="take the plan for other weights of the same shapes"
+    )
     dtype: Dtype = "float32"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     profile: ProfileConfig = ProfileConfig()
     training: TrainingConfig = TrainingConfig()
     track: TrackConfig | None = Field(
@@ -185,6 +183,7 @@ class RunConfig(_Section):
             self.make_method()
             self.make_dynamic()
             self.adapter_options()
+            self._check_plan()
         return self
 
     @property
@@ -205,6 +204,19 @@ class RunConfig(_Section):
                 f"dtype={self.dtype!r}: AdamW's steps vanish in 16-bit weights; {FULL} needs "
                 "dtype=float32."
             )
+        if self.analysis.steps or self.analysis.modules:
+            raise ConfigError(
+                f"analysis: records adapters, which method.name={FULL!r} has none of; leave it out."
+            )
+
+    def _check_plan(self) -> None:
+        """A plan has its ranks: only ranks that move from there on follow a method's options."""
+        options = [key for key in self.method if key != "name"]
+        if self.plan is not None and options and self.make_dynamic() is None:
+            raise ConfigError(
+                f"method.{options[0]}={self.method[options[0]]!r}: is not used beside "
+                f"plan={self.plan!r}, which has its ranks; leave out one of the two."
+            )
 
     def make_method(self) -> Method:
         """The method with its options."""
@@ -224,12 +236,12 @@ class RunConfig(_Section):
         known = [field.name for field in fields(DynamicOptions)]
         for key in self.dynamic or {}:
             if key not in known:
-                raise ConfigError(f"dynamic.{key}: no such option; {nearest(key, known)}")
+                raise ConfigError(f"dynamic.{key}: no such option; {nearest(str(key), known)}")
         try:
             rule_of(self.make_method())
-            return DynamicOptions(**(self.dynamic or {}))
         except PlanError as error:
             raise ConfigError(f"dynamic: {error}") from error
+        return build(DynamicOptions, self.dynamic or {}, "dynamic")
 
     def adapter_options(self) -> dict[str, Any]:
         """What `rankwise.attach` is told beside the plan.
@@ -241,7 +253,7 @@ class RunConfig(_Section):
             return {}
         options = dict(self.adapter)
         kind = options.pop("kind", None)
-        if kind not in _ADAPTERS:
+        if not isinstance(kind, str) or kind not in _ADAPTERS:
             raise ConfigError(f"adapter.kind={kind!r}; {nearest(str(kind), _ADAPTERS)}")
         if kind != "lora" and self.make_dynamic() is not None:
             raise ConfigError(f"adapter.kind={kind!r}: only plain LoRA has ranks that move.")
@@ -250,32 +262,12 @@ class RunConfig(_Section):
         for key in options:
             if key in _BY_PLAN or key not in known:
                 allowed = [name for name in known if name not in _BY_PLAN]
-                raise ConfigError(f"adapter.{key}: not an option; {nearest(key, allowed)}")
+                raise ConfigError(f"adapter.{key}: not an option; {nearest(str(key), allowed)}")
         try:
             cls(target_modules=["-"], **options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise ConfigError(f"adapter: {error}") from error
         return {"adapter": kind, **options}
-
-
-def make_method(name: object, options: Mapping[str, Any]) -> Method:
-    """A method by name.
-
-    Raises:
-        ConfigError: The name or an option is unknown, or an option's value is not allowed.
-    """
-    if not isinstance(name, str) or name not in METHODS:
-        hint = nearest(str(name), [*METHODS, FULL])
-        raise ConfigError(f"method.name={name!r} is not a method; {hint}")
-    cls = METHODS[name]
-    known = [field.name for field in fields(cls)]
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"method.{key}: {name} has no such option; {nearest(key, known)}")
-    try:
-        return cls(**options)
-    except PlanError as error:
-        raise ConfigError(f"method: {error}") from error
 
 
 def load_config(
@@ -300,7 +292,8 @@ def load_config(
     if track is not None:
         if track != "gid":
             raise ConfigError(f"track={track!r}; gid is what can be followed.")
-        document.setdefault("track", {})
+        if document.get("track") is None:  # a run's own run.yaml says null
+            document["track"] = {}
     for override in overrides:
         _override(document, override)
     return validate(document, str(path))
@@ -317,18 +310,6 @@ def validate(document: Mapping[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{where}: {describe(error)}") from error
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """Split `key=value`, the value in YAML.
-
-    Raises:
-        ConfigError: There is no `=`, or the value is not YAML.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{text!r} must have the form key=value, such as training.steps=20.")
-    return key, parse_yaml(value, text)
 
 
 def refuse_unknown(document: object, model: type[BaseModel], where: str, prefix: str = "") -> None:
@@ -354,45 +335,10 @@ def _override(document: dict[str, Any], assignment: str) -> None:
     *sections, last = key.split(".")
     place = document
     for section in sections:
-        inner = place.setdefault(section, {})
+        if place.get(section) is None:
+            place[section] = {}
+        inner = place[section]
         if not isinstance(inner, dict):
             raise ConfigError(f"{assignment!r}: {section} is not a section of the configuration.")
         place = inner
     place[last] = value
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain values from YAML, `2e-4` a number.
-
-    Raises:
-        ConfigError: It is not YAML, has aliases, or is nested too deep.
-    """
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{where}: YAML aliases are not allowed; write the value out.")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels.")
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}: is not valid YAML{line} ({problem}).") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 does and PyYAML's 1.1 does not."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)

@@ -73,8 +73,7 @@ def load_token_data(
         if config.held_out is None:
             if len(train) < 2:
                 raise DataError(f"{config.train}: one row cannot be split; name data.held_out.")
-            parts = train.train_test_split(test_size=config.held_out_fraction, seed=seed)
-            train, held_out = parts["train"], parts["test"]
+            train, held_out = _split(train, config, seed)
         else:
             held_out = _load(config.held_out, config.held_out_split, config)
         train = _tokenise(train, config, tokenizer, config.train)
@@ -89,6 +88,26 @@ def load_token_data(
     return TokenData(train, held_out, DataCollatorForLanguageModeling(pad_token_id=pad))
 
 
+def _split(
+    rows: datasets.Dataset, config: DataConfig, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    try:
+        parts = rows.train_test_split(test_size=config.held_out_fraction, seed=seed)
+    except ValueError as error:
+        raise DataError(
+            f"data.held_out_fraction={config.held_out_fraction} of the {len(rows)} rows of "
+            f"{config.train} leaves none to train on; lower it, or name data.held_out."
+        ) from error
+    return parts["train"], parts["test"]
+
+
+def _as_written(config: DataConfig) -> dict[str, Any]:
+    """How a CSV file is read: 007 and NA are text, and only an empty cell is none."""
+    columns = (config.text_column, config.prompt_column, config.completion_column)
+    converters = dict.fromkeys(columns, str)
+    return {"converters": converters, "keep_default_na": False, "na_values": [""]}
+
+
 def _load(source: str, split: str, config: DataConfig) -> datasets.Dataset:
     path = Path(source).expanduser()
     try:
@@ -97,7 +116,9 @@ def _load(source: str, split: str, config: DataConfig) -> datasets.Dataset:
                 raise DataError(f"data file {source}: no such file; check the path.")
             if path.stat().st_size == 0:
                 raise DataError(f"data file {source}: is empty.")
-            rows = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+            kind = _FORMATS[path.suffix]
+            options = _as_written(config) if kind == "csv" else {}
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
         elif path.exists():
             raise DataError(
                 f"data {source}: is not a {', '.join(_FORMATS)} file; name one, or a hub id."
@@ -200,6 +221,10 @@ def encode_prompt(
 
 
 def _ids(text: object, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        text = str(text)  # a whole number as the answer, say
+    if text is None:
+        raise DataError("a row has an empty cell where text is expected; fill it or leave it out.")
     if not isinstance(text, str):
         raise DataError(
             f"a row holds {type(text).__name__} where text is expected; conversations (lists of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer
 
 from rankwise.adapters import LrLoraLinear, fuse_lora_, lr_lora_param_groups, unfuse_lora_
 from rankwise.dynamic import RankCallback
+from rankwise.errors import ConfigError
 from rankwise.records import HeldOutLoss, TrainLoss
 from rankwise.training.analysis import AnalysisCallback, adapted_layers, default_steps
 from rankwise.training.config import RunConfig, TrainingConfig
@@ -56,9 +57,10 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     data: TokenData,
     say: Notify,
+    scratch: Path,
     *callbacks: RankCallback | GradientTracker | None,
 ) -> Curves:
-    """Train and evaluate."""
+    """Train and evaluate; what Trainer and the tools of `report_to` write goes to `scratch`."""
     settings = config.training
     steps = settings.steps or _steps(settings, len(data.train))
     loader = data.held_out_loader(settings.evaluation_batch_size)
@@ -69,24 +71,22 @@ def fit(
     )
     analysis = _analysis(config, model, steps)
     started = time.perf_counter()
-    # Trainer wants a folder of its own and makes it at once; ours appears only when all is well
-    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
-        trainer = SFTTrainer(
-            model=model,
-            args=_arguments(config, steps, Path(scratch)),
-            train_dataset=data.train,
-            data_collator=data.collator,
-            processing_class=tokenizer,
-            callbacks=[callback, *filter(None, callbacks), *filter(None, [analysis])],
-            optimizers=(_optimizer(model, settings), None),
-        )
-        trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
-        if settings.fuse_lora:
-            fuse_lora_(model)
-        try:
-            trainer.train()
-        finally:
-            unfuse_lora_(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(config, steps, scratch),
+        train_dataset=data.train,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+        callbacks=[callback, *filter(None, callbacks), *filter(None, [analysis])],
+        optimizers=(_optimizer(model, settings), None),
+    )
+    trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
+    if settings.fuse_lora:
+        fuse_lora_(model)
+    try:
+        trainer.train()
+    finally:
+        unfuse_lora_(model)
     seconds = {"evaluate": callback.seconds}
     for each in callbacks:
         if isinstance(each, GradientTracker):
@@ -95,6 +95,22 @@ def fit(
     document = None if analysis is None else _document(analysis, say)
     tokens = int(trainer.state.num_input_tokens_seen)
     return Curves(_train_loss(trainer), callback.curve, tokens, seconds, document)
+
+
+def check_tools(names: list[str]) -> None:
+    """Refuse tools of `report_to` that Trainer would refuse, which is after profiling.
+
+    Raises:
+        ConfigError: One is not known or not installed.
+    """
+    try:
+        single = names[0] if names in (["all"], ["none"]) else names
+        for tool in get_reporting_integration_callbacks(single):
+            tool()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"training.report_to={names}: {error} Install what is missing, or leave it out."
+        ) from error
 
 
 def _train_loss(trainer: SFTTrainer) -> list[TrainLoss]:
@@ -137,9 +153,10 @@ def _steps(settings: TrainingConfig, rows: int) -> int:
 
 def _arguments(config: RunConfig, steps: int, scratch: Path) -> SFTConfig:
     settings = config.training
-    scheduler = {"cosine": "cosine_with_min_lr"}.get(settings.scheduler, settings.scheduler)
+    names = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
+    scheduler = names.get(settings.scheduler, settings.scheduler)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
-    return SFTConfig(
+    arguments = SFTConfig(
         **checkpointing,
         output_dir=str(scratch),
         max_steps=steps,
@@ -164,3 +181,5 @@ def _arguments(config: RunConfig, steps: int, scratch: Path) -> SFTConfig:
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs one, which batch_size is told for
+    return arguments

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -28,7 +31,7 @@ from rankwise.adapters.base_fingerprint import write_base_fingerprint
 from rankwise.adapters.export import WEIGHTS_FILE
 from rankwise.artifacts import EVENTS_FILE, PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
 from rankwise.dynamic import RankCallback, RankEvent
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, FileError
 from rankwise.files import check_replaceable, new_folder, write_text
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
@@ -43,9 +46,10 @@ from rankwise.provenance import (
 from rankwise.records import RunRecord
 from rankwise.run_files import ANALYSIS_FILE, TRACKING_FILE, Tracking, save_run_file
 from rankwise.targets import find_targets
-from rankwise.training.config import FULL, RunConfig
+from rankwise.training.config import RunConfig
 from rankwise.training.data import TokenData, load_token_data
-from rankwise.training.fit import Curves, fit
+from rankwise.training.fit import Curves, check_tools, fit
+from rankwise.training.options import FULL
 from rankwise.training.tracking import GradientTracker, tracked_modules
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,8 @@ logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 """Where a fully fine-tuned run keeps the whole model."""
+LOGS_FOLDER = "logs"
+"""Files of the tools that `training.report_to` names."""
 CONFIG_FILE = "run.yaml"
 Notify = Callable[[str], None]
 
@@ -75,11 +81,17 @@ class TrainingRun:
 
 
 def load_model(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a local folder or the hub.
+    """A causal language model, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        source: A local folder, or a hub id.
+        dtype: Of the weights.
 
     Raises:
-        ConfigError: There is no such folder, or the hub cannot be reached or lacks the id.
+        ConfigError: There is no such folder, the hub cannot be reached or lacks the id, or the
+            GPU is too small.
     """
+    device = own_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
@@ -89,7 +101,31 @@ def load_model(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedToke
             f"model={source!r} cannot be loaded ({reason}). Name a local transformers folder, or "
             "a hub id on a machine with a network."
         ) from error
-    return model, tokenizer
+    try:
+        return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator hides self
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"model={source!r} does not fit into the memory of {device}; take dtype=bfloat16, or "
+            "set CUDA_VISIBLE_DEVICES= for the CPU."
+        ) from error
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, under torchrun its own; the CPU where there is none.
+
+    Raises:
+        ConfigError: torchrun started more processes than there are GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    own, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    if own >= count:
+        raise ConfigError(
+            f"LOCAL_RANK={own}: there are {count} GPUs; start at most as many processes, or set "
+            "CUDA_VISIBLE_DEVICES= for the CPU."
+        )
+    torch.cuda.set_device(own)  # where NCCL looks
+    return torch.device("cuda", own)
 
 
 def train(
@@ -107,7 +143,9 @@ def train(
     """
     say = notify or logger.info
     output = Path(config.output)
+    _check_alone()
     check_replaceable(output, marker=RECORD_FILE)
+    check_tools(config.training.report_to)
     set_seed(config.seed)
     model, tokenizer = load_model(config.model, config.dtype)
     data = load_token_data(config.data, tokenizer, seed=config.seed)
@@ -120,28 +158,40 @@ def train(
     method = _method_name(config, plan)
     say(f"training {trainable:,} parameters with {method}")
     dynamic = None if plan is None else _dynamic(config, plan)
-    curves = fit(config, adapted, tokenizer, data, say, dynamic, tracker)
-    if dynamic is not None:
-        plan = dynamic.ranks.plan
-        trainable = plan.parameters
-    # a profile that was given cost this run nothing
-    profiled = used.provenance.seconds if used is not None and used is not profile else 0.0
-    modules = {} if plan is None else plan.modules
-    record = RunRecord(
-        method=method,
-        model=name,
-        model_fingerprint=fingerprint,
-        trainable_parameters=trainable,
-        ranks={module: m.rank for module, m in modules.items()},
-        blocks={module: m.blocks for module, m in modules.items()},
-        **_measured(curves, profiled),
-        **_circumstances(config, data),
-    )
-    events = dynamic.ranks.events if dynamic is not None else None
-    tracking = None if tracker is None else tracker.tracking
-    run = TrainingRun(record, plan, used, adapted, events, tracking, curves.analysis)
-    _save(run, tokenizer, output)
+    # Trainer wants a folder of its own and makes it at once; ours appears only when all is well
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
+        curves = fit(config, adapted, tokenizer, data, say, Path(scratch), dynamic, tracker)
+        if dynamic is not None:
+            plan = dynamic.ranks.plan
+            trainable = plan.parameters
+        # a profile that was given cost this run nothing
+        profiled = used.provenance.seconds if used is not None and used is not profile else 0.0
+        modules = {} if plan is None else plan.modules
+        record = RunRecord(
+            method=method,
+            model=name,
+            model_fingerprint=fingerprint,
+            trainable_parameters=trainable,
+            ranks={module: m.rank for module, m in modules.items()},
+            blocks={module: m.blocks for module, m in modules.items()},
+            **_measured(curves, profiled),
+            **_circumstances(config, data),
+        )
+        events = dynamic.ranks.events if dynamic is not None else None
+        tracking = None if tracker is None else tracker.tracking
+        run = TrainingRun(record, plan, used, adapted, events, tracking, curves.analysis)
+        _save_or_rescue(run, tokenizer, output, Path(scratch))
     return run
+
+
+def _check_alone() -> None:
+    workers = os.environ.get("WORLD_SIZE") or "1"
+    if workers != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={workers}: rankwise train runs in one process; start it without torchrun. "
+            "Several devices train through transformers' Trainer on rankwise.attach(model, plan), "
+            "with rankwise.RankCallback for ranks that move."
+        )
 
 
 def _planned(
@@ -190,16 +240,57 @@ def _circumstances(config: RunConfig, data: TokenData) -> dict[str, Any]:
     }
 
 
-def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+def _save_or_rescue(
+    run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path
+) -> None:
+    """Save the run; if that fails, what was trained alone, where temporary files go.
+
+    Raises:
+        FileError: The run was not saved; it says where the trained weights are.
+    """
+    try:
+        _save(run, tokenizer, output, logs)
+    except Exception as error:  # tokenizers knows no better error for a full disk
+        kept = _kept_elsewhere(run, tokenizer)
+        reason = str(error) if isinstance(error, FileError) else f"{output}: {error}."
+        raise FileError(
+            f"{reason} Nor could the trained weights be kept in {tempfile.gettempdir()}."
+            if kept is None
+            else f"{reason} The trained weights are in {kept}; move them to a safe place."
+        ) from error
+
+
+def _kept_elsewhere(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """A folder of the system's temporary ones that holds what was trained; None if it is full."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="rankwise-trained-"))
+    except OSError:
+        return None
+    try:
+        _save_trained(run, tokenizer, place)
+    except Exception:
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    return place
+
+
+def _save_trained(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    run.model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    if run.plan is not None:
+        assert isinstance(run.model, PeftModel)
+        write_base_fingerprint(run.model, folder / WEIGHTS_FILE, "default")
+
+
+def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path) -> None:
     """Everything the run leaves, all or nothing."""
     with new_folder(output, marker=RECORD_FILE) as folder:
         trained = folder / (MODEL_FOLDER if run.plan is None else ADAPTER_FOLDER)
-        run.model.save_pretrained(str(trained))
-        tokenizer.save_pretrained(str(trained))
+        _save_trained(run, tokenizer, trained)
         if run.plan is not None:
-            assert isinstance(run.model, PeftModel)
-            write_base_fingerprint(run.model, trained / WEIGHTS_FILE, "default")
             run.plan.save(folder / PLAN_FILE)
+        if any(logs.iterdir()):
+            shutil.copytree(logs, folder / LOGS_FOLDER)
         if run.tracking is not None:
             save_run_file(run.tracking, folder / TRACKING_FILE)
         if run.events is not None:
@@ -220,7 +311,13 @@ def _trainable(
     """The model with the plan's adapters; without a plan, the model with every weight to train."""
     if plan is None:
         return model.requires_grad_(True)
-    return attach(model, plan, dropout=config.training.dropout, **config.adapter_options())
+    return attach(
+        model,
+        plan,
+        allow_other_base=config.allow_other_base,
+        dropout=config.training.dropout,
+        **config.adapter_options(),
+    )
 
 
 def _tracker(config: RunConfig, model: nn.Module) -> GradientTracker | None:
@@ -241,7 +338,7 @@ def make_plan(
     """The configured plan, profiling first if the method needs it and no profile was given."""
     if config.plan is not None:
         plan = RankPlan.load(config.plan)
-        plan.check_fits(model)
+        plan.check_fits(model, allow_other_base=config.allow_other_base)
         return plan, None
     method = config.make_method()
     if not method.needs_profile:
