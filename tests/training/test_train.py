@@ -317,6 +317,15 @@ def test_somebody_elses_folder_is_not_replaced(place: Path, tmp_path: Path) -> N
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_run_to_which_something_was_added_is_not_replaced(place: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path / "run"))
+    train(config(place, tmp_path / "run"))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(FileError, match=r"holds notes\.txt, which no run writes"):
+        train(config(place, tmp_path / "run"))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
 def test_the_record_is_plain_json(place: Path, tmp_path: Path) -> None:
     train(config(place, tmp_path / "run"))
     document = json.loads((tmp_path / "run/record.json").read_text())

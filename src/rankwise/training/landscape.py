@@ -26,7 +26,8 @@ from rankwise.run_files import LANDSCAPE_FILE, Landscape, save_run_file
 from rankwise.training.config import validate
 from rankwise.training.data import load_token_data
 from rankwise.training.evaluate import summed_loss
-from rankwise.training.train import ADAPTER_FOLDER, MODEL_FOLDER, load_model
+from rankwise.training.run_folder import ADAPTER_FOLDER, MODEL_FOLDER
+from rankwise.training.train import load_model
 
 Normalisation = Literal["norm", "filter"]
 Batches = Sequence[Mapping[str, Any]]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -27,12 +24,8 @@ from transformers import (
 )
 
 from rankwise.adapters import attach
-from rankwise.adapters.base_fingerprint import write_base_fingerprint
-from rankwise.adapters.export import WEIGHTS_FILE
-from rankwise.artifacts import EVENTS_FILE, PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
-from rankwise.dynamic import RankCallback, RankEvent
-from rankwise.errors import ConfigError, FileError
-from rankwise.files import check_replaceable, new_folder, write_text
+from rankwise.dynamic import RankCallback
+from rankwise.errors import ConfigError
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from rankwise.profiling.measure import model_name
@@ -44,40 +37,17 @@ from rankwise.provenance import (
     versions,
 )
 from rankwise.records import RunRecord
-from rankwise.run_files import ANALYSIS_FILE, TRACKING_FILE, Tracking, save_run_file
 from rankwise.targets import find_targets
 from rankwise.training.config import RunConfig
 from rankwise.training.data import TokenData, load_token_data
 from rankwise.training.fit import Curves, check_tools, fit
 from rankwise.training.options import FULL
+from rankwise.training.run_folder import TrainingRun, check_output, save_or_rescue
 from rankwise.training.tracking import GradientTracker, tracked_modules
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
-MODEL_FOLDER = "model"
-"""Where a fully fine-tuned run keeps the whole model."""
-LOGS_FOLDER = "logs"
-"""Files of the tools that `training.report_to` names."""
-CONFIG_FILE = "run.yaml"
 Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """What a run leaves: record, plan, profile if one was made, trained model, events, analysis.
-
-    The plan of a dynamic run is that of its final ranks; full fine-tuning has none. `tracking` is
-    there where gradients were followed.
-    """
-
-    record: RunRecord
-    plan: RankPlan | None
-    profile: GradientProfile | None
-    model: PeftModel | PreTrainedModel
-    events: list[RankEvent] | None = None
-    tracking: Tracking | None = None
-    analysis: dict[str, Any] | None = None
 
 
 def load_model(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -144,7 +114,7 @@ def train(
     say = notify or logger.info
     output = Path(config.output)
     _check_alone()
-    check_replaceable(output, marker=RECORD_FILE)
+    check_output(output)
     check_tools(config.training.report_to)
     set_seed(config.seed)
     model, tokenizer = load_model(config.model, config.dtype)
@@ -180,7 +150,7 @@ def train(
         events = dynamic.ranks.events if dynamic is not None else None
         tracking = None if tracker is None else tracker.tracking
         run = TrainingRun(record, plan, used, adapted, events, tracking, curves.analysis)
-        _save_or_rescue(run, tokenizer, output, Path(scratch))
+        save_or_rescue(run, tokenizer, output, Path(scratch))
     return run
 
 
@@ -238,71 +208,6 @@ def _circumstances(config: RunConfig, data: TokenData) -> dict[str, Any]:
         "commit": git_commit([Path(config.output)]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _save_or_rescue(
-    run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path
-) -> None:
-    """Save the run; if that fails, what was trained alone, where temporary files go.
-
-    Raises:
-        FileError: The run was not saved; it says where the trained weights are.
-    """
-    try:
-        _save(run, tokenizer, output, logs)
-    except Exception as error:  # tokenizers knows no better error for a full disk
-        kept = _kept_elsewhere(run, tokenizer)
-        reason = str(error) if isinstance(error, FileError) else f"{output}: {error}."
-        raise FileError(
-            f"{reason} Nor could the trained weights be kept in {tempfile.gettempdir()}."
-            if kept is None
-            else f"{reason} The trained weights are in {kept}; move them to a safe place."
-        ) from error
-
-
-def _kept_elsewhere(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Path | None:
-    """A folder of the system's temporary ones that holds what was trained; None if it is full."""
-    try:
-        place = Path(tempfile.mkdtemp(prefix="rankwise-trained-"))
-    except OSError:
-        return None
-    try:
-        _save_trained(run, tokenizer, place)
-    except Exception:
-        shutil.rmtree(place, ignore_errors=True)
-        return None
-    return place
-
-
-def _save_trained(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    run.model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    if run.plan is not None:
-        assert isinstance(run.model, PeftModel)
-        write_base_fingerprint(run.model, folder / WEIGHTS_FILE, "default")
-
-
-def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path) -> None:
-    """Everything the run leaves, all or nothing."""
-    with new_folder(output, marker=RECORD_FILE) as folder:
-        trained = folder / (MODEL_FOLDER if run.plan is None else ADAPTER_FOLDER)
-        _save_trained(run, tokenizer, trained)
-        if run.plan is not None:
-            run.plan.save(folder / PLAN_FILE)
-        if any(logs.iterdir()):
-            shutil.copytree(logs, folder / LOGS_FOLDER)
-        if run.tracking is not None:
-            save_run_file(run.tracking, folder / TRACKING_FILE)
-        if run.events is not None:
-            events = json.dumps([asdict(event) for event in run.events], indent=2, allow_nan=False)
-            write_text(folder / EVENTS_FILE, events + "\n")
-        if run.analysis is not None:
-            analysis = json.dumps(run.analysis, allow_nan=False)
-            write_text(folder / ANALYSIS_FILE, analysis + "\n")
-        if run.profile is not None:
-            run.profile.save(folder / PROFILE_FOLDER)
-        write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
-        run.record.save(folder / RECORD_FILE)
 
 
 def _trainable(

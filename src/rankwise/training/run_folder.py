@@ -1,0 +1,137 @@
+"""The folder of a run: what is in it, what it may replace, and what a failed save keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.adapters.base_fingerprint import write_base_fingerprint
+from rankwise.adapters.export import WEIGHTS_FILE
+from rankwise.artifacts import EVENTS_FILE, PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
+from rankwise.dynamic import RankEvent
+from rankwise.errors import FileError
+from rankwise.files import check_replaceable, new_folder, write_text
+from rankwise.plan import RankPlan
+from rankwise.profiling import GradientProfile
+from rankwise.records import RunRecord
+from rankwise.run_files import (
+    ANALYSIS_FILE,
+    LANDSCAPE_FILE,
+    TRACKING_FILE,
+    Tracking,
+    save_run_file,
+)
+
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+"""Where a fully fine-tuned run keeps the whole model."""
+LOGS_FOLDER = "logs"
+"""Files of the tools that `training.report_to` names."""
+CONFIG_FILE = "run.yaml"
+_WRITTEN = {
+    *(ADAPTER_FOLDER, MODEL_FOLDER, PROFILE_FOLDER, LOGS_FOLDER),
+    *(CONFIG_FILE, RECORD_FILE, PLAN_FILE, EVENTS_FILE),
+    *(TRACKING_FILE, ANALYSIS_FILE, LANDSCAPE_FILE),
+}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run leaves: record, plan, profile if one was made, trained model, events, analysis.
+
+    The plan of a dynamic run is that of its final ranks; full fine-tuning has none. `tracking` is
+    there where gradients were followed.
+    """
+
+    record: RunRecord
+    plan: RankPlan | None
+    profile: GradientProfile | None
+    model: PeftModel | PreTrainedModel
+    events: list[RankEvent] | None = None
+    tracking: Tracking | None = None
+    analysis: dict[str, Any] | None = None
+
+
+def check_output(output: Path) -> None:
+    """Refuse to replace anything but a run, and one to which something was added."""
+    check_replaceable(output, marker=RECORD_FILE)
+    there = [path.name for path in output.iterdir()] if output.is_dir() else []
+    added = sorted(set(there) - _WRITTEN)
+    if added:
+        raise FileError(
+            f"{output}: holds {added[0]}, which no run writes, so it is not replaced; choose "
+            "another folder."
+        )
+
+
+def save_or_rescue(
+    run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path
+) -> None:
+    """Save the run; if that fails, what was trained alone, where temporary files go.
+
+    Raises:
+        FileError: The run was not saved; it says where the trained weights are.
+    """
+    try:
+        _save(run, tokenizer, output, logs)
+    except Exception as error:  # tokenizers knows no better error for a full disk
+        kept = _kept_elsewhere(run, tokenizer)
+        reason = str(error) if isinstance(error, FileError) else f"{output}: {error}."
+        raise FileError(
+            f"{reason} Nor could the trained weights be kept in {tempfile.gettempdir()}."
+            if kept is None
+            else f"{reason} The trained weights are in {kept}; move them to a safe place."
+        ) from error
+
+
+def _kept_elsewhere(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """A folder of the system's temporary ones that holds what was trained; None if it is full."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="rankwise-trained-"))
+    except OSError:
+        return None
+    try:
+        _save_trained(run, tokenizer, place)
+    except Exception:
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    return place
+
+
+def _save_trained(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    run.model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    if run.plan is not None:
+        assert isinstance(run.model, PeftModel)
+        write_base_fingerprint(run.model, folder / WEIGHTS_FILE, "default")
+
+
+def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path) -> None:
+    """Everything the run leaves, all or nothing."""
+    with new_folder(output, marker=RECORD_FILE) as folder:
+        trained = folder / (MODEL_FOLDER if run.plan is None else ADAPTER_FOLDER)
+        _save_trained(run, tokenizer, trained)
+        if run.plan is not None:
+            run.plan.save(folder / PLAN_FILE)
+        if any(logs.iterdir()):
+            shutil.copytree(logs, folder / LOGS_FOLDER)
+        if run.tracking is not None:
+            save_run_file(run.tracking, folder / TRACKING_FILE)
+        if run.events is not None:
+            events = json.dumps([asdict(event) for event in run.events], indent=2, allow_nan=False)
+            write_text(folder / EVENTS_FILE, events + "\n")
+        if run.analysis is not None:
+            analysis = json.dumps(run.analysis, allow_nan=False)
+            write_text(folder / ANALYSIS_FILE, analysis + "\n")
+        if run.profile is not None:
+            run.profile.save(folder / PROFILE_FOLDER)
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
+        run.record.save(folder / RECORD_FILE)
