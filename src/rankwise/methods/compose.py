@@ -52,8 +52,9 @@ class Compose(BudgetedMethod, BlockMethod):
     """A method put together from a statistic, an estimator, a rule and an adapter.
 
     GARD's scores are `statistic="gram", estimator="energy"` (`Gard` rounds them in its own way);
-    LoRA+GID in a budget is `estimator="effective-rank"`; the controls of GARD's comparison are `"gradient-norm"`, `"depth"`
-    and `"random"`. Each keeps to the budget; ranks are rounded down and what is left is handed out.
+    LoRA+GID in a budget is `estimator="effective-rank"`; the controls of GARD's comparison are
+    `"gradient-norm"`, `"depth"` and `"random"`. Each keeps to the budget; ranks are rounded down
+    and what is left is handed out.
 
     Attributes:
         r_min: Smallest rank; default 1.
