@@ -266,6 +266,11 @@ class TestOptions:
             method(r=r)
 
     @pytest.mark.parametrize("method", METHODS.values())
+    def test_a_rank_of_more_digits_than_a_float_holds(self, method: type[Method]) -> None:
+        with pytest.raises(PlanError, match=r"r is above \d+, which no layer has"):
+            method(r=10**5000)
+
+    @pytest.mark.parametrize("method", METHODS.values())
     @pytest.mark.parametrize("source", [tiny_llama(), find_targets(tiny_llama()), "profile", None])
     def test_what_is_no_profile(self, method: type[Method], source: Any) -> None:
         if not method.needs_profile and isinstance(source, Targets):

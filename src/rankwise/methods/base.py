@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -188,6 +189,9 @@ def energies_of(profile: GradientProfile) -> dict[str, NDArray[np.float64]]:
     return {name: values.numpy() ** 2 for name, values in profile.singular_values.items()}
 
 
+_LARGEST = sys.maxsize
+
+
 def check_rank_fits(r: int, shapes: Mapping[str, LinearShape]) -> None:
     """Refuse a rank that some module cannot have."""
     for name, shape in shapes.items():
@@ -209,6 +213,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def check_positive_int(name: str, value: object) -> None:
-    """Refuse anything but a whole number of at least 1."""
+    """Refuse anything but a whole number of at least 1, and of a size that a layer may have."""
     if not is_whole(value) or value < 1:
         raise PlanError(f"{name}={value!r} must be a whole number of at least 1.")
+    if value > _LARGEST:  # not shown: it may have more digits than Python prints
+        raise PlanError(f"{name} is above {_LARGEST}, which no layer has; it must be smaller.")
