@@ -184,6 +184,16 @@ def test_what_is_not_matched_or_not_available_is_said(results: Results) -> None:
         assert "1,600†" in text
 
 
+def test_a_size_that_differs_between_seeds_is_said_with_both_ends(tmp_path: Path) -> None:
+    board = _board(tmp_path)
+    (cell, *_) = board.finals(next(g for g in board.groups if g.method.name == "lora"))
+    document = json.loads(board.path(cell).read_text())
+    document["size"] |= {"parameters": document["size"]["budget"] * 95 // 100, "matched": False}
+    board.path(cell).write_text(json.dumps(document))
+    text = terminal_table(make_results(Board(board.config)))
+    assert "lora: not matched, -5.0% to +0.0% of the budget" in text
+
+
 def test_mean_ranks_and_pooled_comparisons(results: Results) -> None:
     assert results.mean_ranks["8"] == {"water-fill": 1.0, "lora": 2.0, "ia3": 3.0}
     pooled = next(p for p in results.pooled if p.rank == 8 and p.against.method == "water-fill")

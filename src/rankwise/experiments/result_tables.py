@@ -157,9 +157,10 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         if row.diverged:
             seeds = ", ".join(map(str, row.diverged))
             remarks.append(f"{row.label}: diverged at seed {seeds}, which the mean leaves out")
-        if row.matched is False and row.budget and row.parameters:
-            off = row.parameters / row.budget - 1
-            remarks.append(f"{row.label}: not matched, {off:+.1%} of the budget")
+        if row.matched is False and row.off:
+            low, high = (f"{part:+.1%}" for part in row.off)
+            off = low if low == high else f"{low} to {high}"
+            remarks.append(f"{row.label}: not matched, {off} of the budget")
         remarks += [f"{row.label}: {where} failed: {why}" for where, why in row.failed.items()]
     return remarks
 

@@ -29,6 +29,7 @@ class Row:
         budget: The budget in parameters; None before a record is there.
         parameters: Trainable parameters of the adapters, the largest of the seeds'.
         matched: Whether all seeds lie within 2 % of the budget; None where no budget applies.
+        off: Least and largest part of the budget by which a seed misses it; None likewise.
         trainable: What the optimizer updates, heads not counted.
         ranks: Over the modules of all seeds, or whatever unit the method's size has.
         blocks: Likewise, where a profile decided them.
@@ -64,6 +65,7 @@ class Row:
     budget: int | None = None
     parameters: int | None = None
     matched: bool | None = None
+    off: tuple[float, float] | None = None
     trainable: int | None = None
     ranks: Spread | None = None
     blocks: Spread | None = None
@@ -157,6 +159,7 @@ def _status(
 def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
     """What the records say of cost and outcome."""
     sizes = [record.size for record in records if record.size is not None]
+    off = [size.parameters / size.budget - 1 for size in sizes]
     values = {str(r.seed): r.value for r in records if r.value is not None}
     names = sorted({name for r in records for name in r.test or {} if name != row.metric})
     others = {
@@ -170,6 +173,7 @@ def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
         budget=sizes[0].budget if sizes else None,
         parameters=max((size.parameters for size in sizes), default=None),
         matched=all(size.matched for size in sizes) if sizes else None,
+        off=(min(off), max(off)) if off else None,
         trainable=max(record.trainable_parameters for record in records),
         ranks=_over_modules(record.ranks for record in records),
         blocks=_over_modules(record.blocks for record in records),
