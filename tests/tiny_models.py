@@ -200,6 +200,13 @@ def tiny_vit(seed: int = 0, **options: object) -> PreTrainedModel:
     return build(ViTForImageClassification, ViTConfig(**settings | options), seed)
 
 
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The logits of a batch."""
+    logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
 def token_batch(lengths: Sequence[int], *, seed: int = 0, pad_to: int | None = None) -> Batch:
     """Random token rows of the given lengths, padded on the right, labels ignored at padding."""
     generator = torch.Generator().manual_seed(seed)

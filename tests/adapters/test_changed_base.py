@@ -14,7 +14,7 @@ from contracts import train_by_chance_
 from rankwise.adapters.export import export_merged
 from rankwise.adapters.factors import lora_factors
 from rankwise.errors import ExportError, FileError, PlanError
-from tiny_models import tiny_llama, token_batch
+from tiny_models import logits_of, tiny_llama, token_batch
 
 CHANGING = ["pissa", "pissa_niter_4", "olora"]
 BATCH = token_batch([9, 6])
@@ -29,21 +29,15 @@ def _adapted(init: Any) -> PeftModel:
     return model.eval()
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
-    found: torch.Tensor = model(**BATCH).logits
-    return found
-
-
 @pytest.mark.parametrize("init", CHANGING)
 class TestRefused:
     def test_loading(self, init: str, tmp_path: Path) -> None:
         _adapted(init).save_pretrained(tmp_path)
         base = tiny_llama()
-        before = _logits(base)
+        before = logits_of(base, BATCH)
         with pytest.raises(FileError, match=f"init_lora_weights='{init}' took a part"):
             rw.load_adapter(base, tmp_path)
-        assert torch.equal(_logits(base), before)
+        assert torch.equal(logits_of(base, BATCH), before)
 
     def test_plain_export(self, init: str, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=rf"'{init}' took .* Export merged weights instead"):
@@ -58,15 +52,21 @@ class TestRefused:
         model = _adapted(init)
         export_merged(model, tmp_path / "out", example=BATCH)
         merged = type(model.get_base_model()).from_pretrained(tmp_path / "out")
-        torch.testing.assert_close(_logits(merged), _logits(model), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits_of(merged, BATCH), logits_of(model, BATCH), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_other_starts_load_and_export(init: Any, tmp_path: Path) -> None:
     model = _adapted(init)
     model.save_pretrained(tmp_path / "own")
-    assert torch.equal(_logits(rw.load_adapter(tiny_llama(), tmp_path / "own")), _logits(model))
+    assert torch.equal(
+        logits_of(rw.load_adapter(tiny_llama(), tmp_path / "own"), BATCH), logits_of(model, BATCH)
+    )
     rw.export_lora(model, tmp_path / "out", example=BATCH)
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
-    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(again, BATCH), logits_of(model, BATCH), rtol=1e-4, atol=1e-4
+    )
     assert lora_factors(model)

@@ -15,7 +15,7 @@ from contracts import train_by_chance_
 from rankwise.adapters.export import export_merged
 from rankwise.errors import FileError
 from saved_adapters import edit_config
-from tiny_models import bert_config, build, class_batch, tiny_bert_classifier
+from tiny_models import bert_config, build, class_batch, logits_of, tiny_bert_classifier
 
 BATCH = {key: value for key, value in class_batch([9, 6]).items() if key != "labels"}
 ADAPTERS = ["lora", "ralora", "lr-lora"]
@@ -34,25 +34,19 @@ def _adapted(base: torch.nn.Module, adapter: Any, **options: Any) -> PeftModel:
     return model.eval()
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
-    found: torch.Tensor = model(**BATCH).logits
-    return found
-
-
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_it_is_merged_and_taken_off(adapter: str, tmp_path: Path) -> None:
     model = _adapted(_roberta(), adapter)
-    expected = _logits(model)
+    expected = logits_of(model, BATCH)
     export_merged(model, tmp_path / "merged", example=BATCH)
     loaded = RobertaForSequenceClassification.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(_logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(loaded, BATCH), expected, rtol=1e-4, atol=1e-4)
     if adapter != "lr-lora":
         rw.export_lora(model, tmp_path / "lora", example=BATCH)
         again = PeftModel.from_pretrained(_roberta(), tmp_path / "lora")
-        torch.testing.assert_close(_logits(again), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits_of(again, BATCH), expected, rtol=1e-4, atol=1e-4)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(merged, BATCH), expected, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in merged.named_modules())
 
 
@@ -68,7 +62,7 @@ def test_it_loads_as_peft_saved_it(adapter: str, make: Any, bias: str, tmp_path:
     model.save_pretrained(tmp_path)
     assert {"classifier", "score"} <= set(model.peft_config["default"].modules_to_save)
     loaded = rw.load_adapter(make(), tmp_path)
-    assert torch.equal(_logits(loaded), _logits(model))
+    assert torch.equal(logits_of(loaded, BATCH), logits_of(model, BATCH))
 
 
 def test_a_head_that_nothing_is_named_by(tmp_path: Path) -> None:

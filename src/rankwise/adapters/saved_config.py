@@ -17,6 +17,7 @@ from pydantic import ConfigDict
 
 from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.adapters.changed_base import why_base_changed
+from rankwise.adapters.literal_patterns import literal_patterns
 from rankwise.adapters.lr_lora_config import LrLoraConfig
 from rankwise.errors import FileError, nearest
 from rankwise.files import parse_json, read_text
@@ -211,22 +212,6 @@ def _check_positive(name: str, value: float) -> None:
 def _by_module(
     pattern: Mapping[str, Any], names: list[str], default: Any, path: Path
 ) -> dict[str, Any]:
-    """A pattern with one anchored, escaped key per module; PEFT's first match wins."""
-    literal: dict[str, tuple[bool, Any]] = {}
-    for key, value in pattern.items():
-        plain = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
-        if not re.fullmatch(r"[\w.\-]+", plain):
-            raise FileError(
-                f"{WHAT} {path}: the pattern {key!r} is no module name; regular expressions from "
-                "elsewhere are not run. Write one key per module."
-            )
-        literal.setdefault(plain, (key.startswith("^"), value))
-    found = {}
-    for name in names:
-        matches = (
-            value
-            for key, (whole, value) in literal.items()
-            if name == key or (not whole and name.endswith("." + key))
-        )
-        found["^" + re.escape(name)] = next(matches, default)
-    return found
+    """A pattern with one anchored, escaped key per module."""
+    value_of = literal_patterns(pattern, default, f"{WHAT} {path}")
+    return {"^" + re.escape(name): value_of(name) for name in names}

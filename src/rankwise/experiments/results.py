@@ -114,9 +114,10 @@ def _compared(rows: list[Row], reference: str) -> list[Row]:
         cells = {r.label: r.values for r in rows if (r.task, r.rank) == (task, rank) and r.values}
         if reference not in cells:
             continue
-        cells = {name: v for name, v in cells.items() if v.keys() & cells[reference].keys()}
         lower = next(r.lower_is_better for r in rows if r.task == task)
-        for comparison in compare_with(reference, cells, lower_is_better=lower):
+        for comparison in compare_with(
+            reference, _pairable(cells, reference), lower_is_better=lower
+        ):
             found[task, rank, comparison.method] = comparison
     corrected = dict(zip(found, holm([c.t_p for c in found.values()]), strict=True))
     return [
@@ -142,11 +143,17 @@ def _pooled(rows: Sequence[Row], reference: str) -> list[Pooled]:
         cells = {label: values for label, values in cells.items() if values}
         if len(tasks) < 2 or reference not in cells:
             continue
-        cells = {name: v for name, v in cells.items() if v.keys() & cells[reference].keys()}
         lower = chosen[0].lower_is_better
-        for comparison in compare_with(reference, cells, lower_is_better=lower):
+        for comparison in compare_with(
+            reference, _pairable(cells, reference), lower_is_better=lower
+        ):
             found.append(Pooled(rank, metric, tasks, comparison))
     return found
+
+
+def _pairable(cells: dict[str, dict[str, float]], reference: str) -> dict[str, dict[str, float]]:
+    """Those that share a cell with the reference, which may have diverged where they did not."""
+    return {name: v for name, v in cells.items() if v.keys() & cells[reference].keys()}
 
 
 def _over_tasks(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rankwise.adapters.literal_patterns import literal_patterns
 from rankwise.adapters.scaling import update_scaling
 from rankwise.artifacts import read_adapter_config
 from rankwise.errors import FileError
@@ -175,15 +176,10 @@ def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> _Scaling:
             scaling=options["scaling"],
         )
 
-    literal = [(*_literal(key, folder), own) for key, own in patterns.items()]
+    alpha_of = literal_patterns(patterns, alpha, f"{folder}: alpha_pattern")
 
     def scaling(name: str, blocks: int, rank: int) -> float:
-        matches = (
-            own
-            for key, whole, own in literal
-            if name == key or (not whole and name.endswith(f".{key}"))
-        )
-        own = next(matches, alpha)
+        own = alpha_of(name)
         if not _positive(own):
             raise FileError(
                 f"{folder}: alpha_pattern gives {name} an alpha of {str(own)[:20]}, which is no "
@@ -192,17 +188,6 @@ def _scaling(config: Mapping[str, Any], kind: str, folder: Path) -> _Scaling:
         return float(own) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scaling
-
-
-def _literal(key: str, folder: Path) -> tuple[str, bool]:
-    """The module name that a key stands for, and whether for no other that ends in it."""
-    name = re.sub(r"\\(\W)", r"\1", key.removeprefix("^").removesuffix("$"))
-    if not re.fullmatch(r"[\w.\-]+", name):
-        raise FileError(
-            f"{folder}: the key {key!r} of alpha_pattern is no module name; regular expressions "
-            "from elsewhere are not run. Write one key per module."
-        )
-    return name, key.startswith("^")
 
 
 def _positive(value: Any) -> bool:
