@@ -135,6 +135,7 @@ def test_hashes_follow_what_decides_a_result_and_nothing_else() -> None:
     for change in (
         {"training": {"steps": 100}},
         {"training": {"group_by_length": True}},
+        {"training": {"precision": "bf16"}},
         {"targets": ["q_proj"]},
         {"model": "other"},
         {"profile": {"batches": 4}},

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,11 +104,16 @@ class Loop:
         trained = (p for p in self.adapted.model.parameters() if p.requires_grad)
         metrics = None
         if all(bool(torch.isfinite(p).all()) for p in trained):
-            with suppress(DivergenceError):
+            with suppress(DivergenceError), self._precision():
                 metrics = evaluate(inner_model(self.adapted.model))
         self.curves.evaluate_seconds += time.perf_counter() - started
         finite = metrics is not None and all(map(math.isfinite, metrics.values()))
         return metrics if finite else None
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """Autocast to bf16 where the settings say so."""
+        device = next(self.adapted.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _stepper(self, batches: Iterator[dict[str, Any]]) -> Callable[[int], float]:
         """One optimizer step: what it needs each time is looked up once."""
@@ -122,7 +127,8 @@ class Loop:
                 for group, rate in zip(optimizer.param_groups, initial, strict=True):
                     group["lr"] = rate * factor
             taken = [next(batches) for _ in range(self.settings.gradient_accumulation)]
-            loss = _backward(self.adapted, taken, extra)
+            with self._precision():
+                loss = _backward(self.adapted, taken, extra)
             if math.isfinite(loss):
                 _step(optimizers, self.settings.max_grad_norm)
                 self.adapted.driver.after_step(step)

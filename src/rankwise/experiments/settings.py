@@ -51,12 +51,19 @@ class TrainingSettings(Section):
     evaluations: int = Field(
         default=4, ge=1, description="evaluations on the validation part, evenly spread"
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="bf16: autocast in training and evaluation; weights, profiles, plans and "
+        "starts stay fp32",
+    )
 
     def hashed(self) -> dict[str, Any]:
         """What decides a result; a setting that came later counts only where it is used."""
         settings = self.model_dump(mode="json")
         if not self.group_by_length:
             del settings["group_by_length"]
+        if self.precision == "fp32":
+            del settings["precision"]
         return settings
 
 
