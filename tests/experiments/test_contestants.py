@@ -108,12 +108,14 @@ def test_planned_blocks_are_those_of_the_adapters(method: str) -> None:
 
 
 def test_dynamic_ranks_move_within_the_budget_and_are_compacted() -> None:
-    adapted, job = _adapt({"name": "gard-dynamic", "dynamic": {"interval": 2, "window": 2}})
+    moving = {"name": "gard-dynamic", "dynamic": {"interval": 2, "window": 2}}
+    adapted, job = _adapt(moving, steps=8)
     _loop(adapted, steps=8)
     ranks = adapted.driver.ranks()
     assert ranks is not None
     assert sum(job.targets[n].rank_cost * r for n, r in ranks.items()) <= job.budget
-    assert adapted.driver.notes()[0].startswith("4 rank events")
+    # after steps 2, 4 and 6: nothing would train what the last step's event moves
+    assert adapted.driver.notes()[0].startswith("3 rank events")
     held = sum(p.numel() for n, p in adapted.model.named_parameters() if "lora_" in n)
     assert held == sum(job.targets[n].rank_cost * r for n, r in ranks.items())
 
@@ -124,6 +126,16 @@ def test_early_dynamic_ranks_stop_moving_at_half_time() -> None:
     options = planned.dynamic_options(200)
     assert (options.interval, options.freeze_after) == (20, 100)
     assert planned.dynamic_options(5000).interval == 100
+    assert planned.revision == 1
+
+
+def test_no_rank_moves_after_the_last_step() -> None:
+    planned = make_entry("gard-dynamic").contestant
+    assert isinstance(planned, Planned)
+    options = planned.dynamic_options(40)
+    assert [step for step in range(1, 41) if options.is_event(step)] == list(range(4, 40, 4))
+    assert not any(options.is_measured(step, 4) for step in range(37, 41))
+    assert planned.revision == 2  # records of runs that had that event are not taken for these
 
 
 def test_adalora_is_driven_to_its_target() -> None:

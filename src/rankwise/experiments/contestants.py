@@ -98,6 +98,11 @@ class Planned(Contestant):
     alpha_over_r: float = 2.0
     ours: bool = True
 
+    @property
+    def revision(self) -> int:
+        """The first let ranks move after the last step too, whose rows were never trained."""
+        return 2 if self.dynamic is not None and not self.early else 1
+
     def profile_batches(self) -> int:
         """The method's own number."""
         return self.method(8, budget=1).profile_batches
@@ -163,13 +168,15 @@ class Planned(Contestant):
         return adapted
 
     def dynamic_options(self, steps: int) -> DynamicOptions:
-        """When ranks move: every 100 steps (GARD's tau), or ten times in a shorter run.
+        """When ranks move: every 100 steps (GARD's tau), or every tenth of a shorter run.
 
+        Never after the last step, as with `RankCallback`: nothing would train what moved.
         Early-dynamic ranks are fixed after half of the steps, as AdaLoRA's.
         """
-        options: dict[str, Any] = {"interval": min(100, max(1, steps // 10))}
-        if self.early:
-            options["freeze_after"] = steps // 2
+        options: dict[str, Any] = {
+            "interval": min(100, max(1, steps // 10)),
+            "freeze_after": steps // 2 if self.early else steps - 1,
+        }
         return DynamicOptions(**(options | dict(self.dynamic or {})))
 
     def _extra(self, modules: int) -> int:
