@@ -127,8 +127,7 @@ class Loop:
                 for group, rate in zip(optimizer.param_groups, initial, strict=True):
                     group["lr"] = rate * factor
             taken = [next(batches) for _ in range(self.settings.gradient_accumulation)]
-            with self._precision():
-                loss = _backward(self.adapted, taken, extra)
+            loss = self._backward(taken, extra)
             if math.isfinite(loss):
                 _step(optimizers, self.settings.max_grad_norm)
                 self.adapted.driver.after_step(step)
@@ -139,19 +138,20 @@ class Loop:
 
         return step_once
 
-
-def _backward(adapted: Adapted, batches: list[dict[str, Any]], extra: dict[str, Any]) -> float:
-    """Gradients of the mean loss over all labelled items of the step."""
-    base = inner_model(adapted.model)
-    items = [count_labels(base, batch["labels"]) for batch in batches]
-    total = 0.0
-    for batch, count in zip(batches, items, strict=True):
-        share = count / sum(items)
-        with adapted.driver.observe():
-            loss = adapted.model(**without_prompt_logits(base, batch), **extra).loss
-            (loss * share if len(batches) > 1 else loss).backward()
-        total += float(loss.detach()) * share
-    return total
+    def _backward(self, batches: list[dict[str, Any]], extra: dict[str, Any]) -> float:
+        """Gradients of the mean loss over all labelled items of the step."""
+        adapted = self.adapted
+        base = inner_model(adapted.model)
+        items = [count_labels(base, batch["labels"]) for batch in batches]
+        total = 0.0
+        for batch, count in zip(batches, items, strict=True):
+            share = count / sum(items)
+            with adapted.driver.observe():
+                with self._precision():
+                    loss = adapted.model(**without_prompt_logits(base, batch), **extra).loss
+                (loss * share if len(batches) > 1 else loss).backward()
+            total += float(loss.detach()) * share
+        return total
 
 
 def _step(optimizers: list[Optimizer], max_norm: float) -> None:
