@@ -228,19 +228,22 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path: Path) -> None
 
 def test_bf16_trains_and_evaluates_every_kind_of_adapter_near_fp32(tmp_path: Path) -> None:
     free = {"name": "lr-lora", "constant": False, "amplitude_ratio": 1.0}
-    methods = ["lora", "ralora", "gard-dynamic", free, "adalora", "dora"]
-    losses = {}
+    methods = ["lora", "ralora", "gard-dynamic", free, "adalora", "dora", "zero-shot"]
+    tested, first = {}, {}
     for precision in ("fp32", "bf16"):
         document = write_experiment(tmp_path, methods=methods, seeds=[0])
         document["training"]["precision"] = precision
         board = _run(document | {"output": str(tmp_path / precision)})
         finals = [r for r in board.records() if r.phase == "final"]
-        losses[precision] = {r.label: r.test["loss"] for r in finals if r.test is not None}
-    assert losses["fp32"].keys() == losses["bf16"].keys()
-    assert len(losses["bf16"]) == len(methods)
-    for label, loss in losses["fp32"].items():
-        assert losses["bf16"][label] != loss
-        assert losses["bf16"][label] == pytest.approx(loss, rel=0.01)
+        tested[precision] = {r.label: r.test["loss"] for r in finals if r.test is not None}
+        first[precision] = {r.label: r.train_loss[0][1] for r in finals if r.train_loss}
+    # zero-shot only evaluates, and before the first step all weights are those of fp32
+    for losses, count in ((tested, len(methods)), (first, len(methods) - 1)):
+        assert losses["fp32"].keys() == losses["bf16"].keys()
+        assert len(losses["bf16"]) == count
+        for label, loss in losses["fp32"].items():
+            assert losses["bf16"][label] != loss
+            assert losses["bf16"][label] == pytest.approx(loss, rel=0.01)
 
 
 def test_workers_share_the_cells_and_give_the_same_records(
