@@ -11,9 +11,16 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from contracts import train_by_chance_
-from rankwise import LrLoraConfig, RaLoraConfig, attach, export_truncated, find_targets
+from rankwise import (
+    LrLoraConfig,
+    RaLoraConfig,
+    attach,
+    export_truncated,
+    find_targets,
+    load_adapter,
+)
 from rankwise.adapters import LrLoraLinear
-from rankwise.errors import ExportError
+from rankwise.errors import ExportError, FileError
 from rankwise.methods import Lora
 from tiny_models import VOCABULARY, tiny_gpt2, tiny_llama
 
@@ -67,6 +74,8 @@ def test_the_rank_is_chosen_for_the_tolerance(make, tmp_path: Path) -> None:
         "rankwise_export.json",
         "truncation.json",
     ]
+    with pytest.raises(FileError, match="allow_other_base"):
+        load_adapter(make(seed=5), tmp_path / "out")
 
 
 def test_full_rank_loses_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rankwise.adapters import options
+from rankwise.adapters.base_fingerprint import remember_base_
 from rankwise.adapters.elementwise import LrLoraLinear
 from rankwise.adapters.export import Exported, Mode, export_lora
 from rankwise.adapters.export_folder import check_export_folder, new_export
@@ -185,6 +186,8 @@ def _as_lora(
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
     )
+    if source.base_fingerprint is not None:
+        remember_base_(config, source.base_fingerprint)
     names = [name for name, _ in base.named_modules()]
     config.target_modules = exact_target_modules(list(factors), names)
     with torch.random.fork_rng(devices=[]):
