@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,17 @@ def test_profile_plan_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert "self_attn.q_proj" in capsys.readouterr().out
 
 
+def test_targets_are_names_or_a_pattern(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [place / "model", place / "train.jsonl", "--batches", 1, "--targets"]
+    for number, (targets, modules) in enumerate(
+        [("q_proj", 2), ("q_proj, v_proj", 4), (r".*\.1\..*(q|k)_proj", 2)]
+    ):
+        assert call("profile", *options, targets, "--out", place / f"t{number}") == 0
+        capsys.readouterr()
+        document = json.loads((place / f"t{number}" / "profile.json").read_text())
+        assert len(document["modules"]) == modules
+
+
 def test_profile_columns_and_comparison(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, data = place / "model", place / "train.jsonl"
     options = ["--batches", 2, "--batch-size", 2, "--max-length", 32]
@@ -110,6 +122,8 @@ def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -
         (["train", "{place}/run.yaml", "method.r=0"], "r=0 must be a whole number"),
         (["train", "{place}/run.yaml", "output={place}"], "is not replaced"),
         (["plan", "{place}/absent"], "no such file"),
+        (["plan", "{place}/p", "--recommend", "--out", "{place}/x.json"], "make no plan"),
+        (["plan", "{place}/p", "--curve", "r=4"], "make no plan"),
         (["inspect", "{place}/run.yaml", "--column", "gid"], "is not JSON"),
         (["profile", "x", "y", "--out", "{place}/q", "--column", "gdi"], "did you mean 'gid'?"),
         (["profile", "x", "y", "subst=main", "--out", "{place}/q"], "did you mean 'subset'?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,10 +161,15 @@ def plan(
     A budget is never exceeded. docs/train.md lists the options of every method.
     """
     from rankwise.curve import budget_curve
+    from rankwise.errors import ConfigError
     from rankwise.profiling import GradientProfile
     from rankwise.training.options import make_method
     from rankwise.training.yaml_text import parse_assignment
 
+    if (curve or recommend) and (out is not None or markdown or options):
+        raise ConfigError(
+            "--curve and --recommend make no plan; leave --out, --markdown and options out."
+        )
     chosen = make_method(method, dict(parse_assignment(option) for option in options or ()))
     measured = GradientProfile.load(profile)
     if curve or recommend:
@@ -192,4 +198,9 @@ def diff(
 
 
 def _targets(text: str) -> str | list[str]:
-    return [part.strip() for part in text.split(",")] if "," in text else text
+    """Names, one or several, as a list; `all-linear` and regular expressions as they are."""
+    from rankwise.targets import ALL_LINEAR
+
+    if text == ALL_LINEAR or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text):
+        return text
+    return [part.strip() for part in text.split(",")]
