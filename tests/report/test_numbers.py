@@ -168,7 +168,7 @@ def test_plots_draw_the_json(made: tuple[Path, Page, dict[str, Any]]) -> None:
     for variant in plots["ranks"]:
         plan = plans[variant["label"]]
         *lines, uniform = variant["figure"]["data"]
-        assert set(uniform["y"]) == {plan["r_ref"]}
+        assert set(uniform["y"]) == {plan["even_rank"]}
         inside = [m["reach"] for n, m in plan["modules"].items() if "layers" in n]
         assert sorted(y for trace in lines for y in trace["y"]) == sorted(inside)
     for variant in plots["histogram"]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from rankwise.methods import Lora, RaLora, WaterFill
-from rankwise.plan import ModulePlan, RankPlan
+from rankwise.plan import AdapterKind, ModulePlan, RankPlan
 from rankwise.profiling.profile import GradientProfile
 from rankwise.report.health import health
 from rankwise.report.load import SourceRun, report_of
 from rankwise.report.panels import serving_table
-from rankwise.report.plan_view import VLLM_RANKS, view_of_plan
+from rankwise.report.plan_view import VLLM_RANKS, recorded_plan, view_of_plan
 from rankwise.report.views import Report
 from report_samples import make_profile, make_record
 
@@ -91,12 +91,42 @@ def test_serving_counts_blocks_as_rank_and_pads_uneven_ranks() -> None:
     modules = {"a": ModulePlan(64, 32, 4, 4), "b": ModulePlan(64, 64, 8, 1)}
     view = view_of_plan(RankPlan("ralora", "ralora", 4, 16, None, modules))
     assert view.serving.largest_rank == 16
-    assert (view.serving.uneven, view.serving.blocked) == (True, True)
+    assert (view.serving.uneven, view.serving.adapter) == (True, "ralora")
     assert view.serving.padded_parameters == 16 * (64 + 32 + 64 + 64)
     assert "padded LoRA" in serving_table([view])
     even = view_of_plan(Lora(r=4).plan(make_profile()))
     assert "padded LoRA" not in serving_table([even])
     assert "--max-lora-rank" in serving_table([even])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "export", "readers"),
+    [
+        ("lora", "as it is", "reads it as it is"),
+        ("ralora", "plain LoRA of rank n × r, or merged weights", "after the export"),
+        ("lr-lora", "merged weights, or what rankwise export approximates", "after the export"),
+    ],
+)
+def test_serving_tells_adapters_of_equal_ranks_apart(
+    adapter: AdapterKind, export: str, readers: str
+) -> None:
+    plan = replace(Lora(r=4).plan(make_profile()), adapter=adapter)
+    kind = "lr-lora" if adapter == "lr-lora" else None
+    record = make_record(plan, config={"adapter": {"kind": kind}})
+    shown = serving_table([view_of_plan(plan)])
+    assert f'data-label="export"><span>{export}</span>' in shown
+    assert readers in shown
+    if adapter != "ralora":  # a lone record of one block everywhere does not tell
+        assert readers in serving_table([recorded_plan(record)])
+
+
+def test_uniform_ranks_have_the_parameters_of_the_plan() -> None:
+    plan = WaterFill(r=8, budget="r=3").plan(make_profile())
+    view = view_of_plan(plan)
+    assert view.even_rank == pytest.approx(
+        plan.parameters / Lora(r=1).plan(make_profile()).parameters
+    )
+    assert 2.5 < view.even_rank <= 3
 
 
 def test_energy_is_captured_only_where_the_profile_is_the_plans() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rankwise.methods import Lora, RaLora, WaterFill
-from rankwise.report.load import report_of
+from rankwise.report.load import SourceRun, report_of
 from rankwise.report.words import next_step, percent, short, takeaway
-from report_samples import make_profile
+from rankwise.training.config import load_config
+from report_samples import make_profile, make_record
 
 
 @pytest.mark.parametrize(
@@ -57,3 +62,35 @@ def test_the_next_step_follows_from_the_profile() -> None:
     growing, settled = (replace(profile, convergence=curve) for curve in (climbing, flat))
     assert "--batches 8 " in next_step(report_of(profiles=[growing]))[1]
     assert next_step(report_of(profiles=[settled]))[1].startswith("rankwise plan ")
+
+
+DOCUMENT = {"model": "m", "output": "o", "data": {"train": "a.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "next_method"),
+    [
+        ({"method": {"name": "lora", "r": 4}}, "lora", "ralora"),
+        ({"method": {"name": "ralora", "n_max": 16}}, "ralora", "lora"),
+        ({"method": {"name": "gard-dynamic"}, "dynamic": {"every": 5}}, "gard", "lora"),
+        ({"adapter": {"kind": "lr-lora", "points": 50}}, "ralora, lr-lora", "lora"),
+        ({"method": {}, "plan": "plan.json"}, "water-fill", "lora"),
+        ({"method": {"name": "full"}}, "full", "ralora"),
+    ],
+)
+def test_what_to_train_next_is_another_run_whatever_the_first_was(
+    config: dict[str, Any], method: str, next_method: str, tmp_path: Path
+) -> None:
+    plan = Lora(r=4, alpha=8).plan(make_profile())
+    changes: dict[str, Any] = {"ranks": {}, "blocks": {}} if method == "full" else {}
+    record = make_record(plan, method=method, **changes)
+    saved = [] if method == "full" else [plan]
+    _, command = next_step(report_of(runs=[SourceRun(record, "a")], plans=saved))
+    program, verb, file, *overrides = shlex.split(command)
+    assert (program, verb, file) == ("rankwise", "train", "run.yaml")
+    (tmp_path / file).write_text(json.dumps(DOCUMENT | config))
+    found = load_config(tmp_path / file, overrides)
+    assert found.method["name"] == next_method
+    assert (found.adapter, found.dynamic, found.plan) == ({}, None, None)
+    if method != "full":
+        assert (found.method["r"], found.method["alpha"]) == (4, 8)

@@ -160,6 +160,12 @@ class RankPlan(Displayed):
         return sum(module.parameters for module in self.modules.values())
 
     @property
+    def even_rank(self) -> float:
+        """The rank of plain LoRA on all modules that were looked at, of as many parameters."""
+        shapes = [*(module.shape for module in self.modules.values()), *self.left_out.values()]
+        return self.parameters / sum(shape.rank_cost for shape in shapes)
+
+    @property
     def scaling(self) -> float:
         """`alpha / r_ref`: the factor s of LoRA; `block_options` says what blocks make of it."""
         return self.alpha / self.r_ref

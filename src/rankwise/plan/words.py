@@ -77,7 +77,7 @@ def verdict(plan: RankPlan) -> str:
     ranks |= dict.fromkeys(plan.left_out, 0)
     costs = {name: module.shape.rank_cost for name, module in plan.modules.items()}
     costs |= {name: shape.rank_cost for name, shape in plan.left_out.items()}
-    even = plan.parameters / sum(costs.values())
+    even = plan.even_rank
     blocks = ", split into blocks" if any(m.blocks > 1 for m in plan.modules.values()) else ""
     if len(set(ranks.values())) == 1:
         return f"Verdict: the same rank in every module, as in plain LoRA{blocks}."

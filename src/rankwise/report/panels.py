@@ -57,9 +57,12 @@ def serving_table(plans: Sequence[PlanView]) -> str:
 
 
 def _serving_cells(serving: Serving) -> list[str]:
-    padded = serving.uneven
+    if serving.adapter == "lr-lora":
+        only = "merged weights, or what rankwise export approximates"
+        return [data_cell(None, whole), only, *(["after the export"] * 3), data_cell(None, whole)]
+    padded, plain = serving.uneven, serving.adapter == "lora"
     export = "padded LoRA, or merged weights" if padded else "as it is"
-    if serving.blocked and not padded:
+    if not plain and not padded:
         export = "plain LoRA of rank n × r, or merged weights"
     vllm = (
         f"--enable-lora --max-lora-rank {data_cell(serving.vllm_rank, str)}"
@@ -71,7 +74,7 @@ def _serving_cells(serving: Serving) -> list[str]:
         data_cell(serving.largest_rank, whole),
         export,
         vllm + ("; up to 0.30 it has one alpha / r for all layers" if padded else ""),
-        one if not serving.blocked else "after the export",
+        one if plain else "after the export",
         "scales each tensor by alpha / its own rank: wrong unless padded"
         if padded
         else "convert_lora_to_gguf.py, then --lora",

@@ -36,7 +36,8 @@ def view_of_plan(plan: RankPlan, profiles: Sequence[GradientProfile] = ()) -> Pl
         ranks=Spread.of(m.rank for m in plan.modules.values()),
         blocks=Spread.of(m.blocks for m in plan.modules.values()),
         modules=modules,
-        serving=serving(modules.values()),
+        serving=serving(modules.values(), plan.adapter),
+        even_rank=plan.even_rank,
         r_ref=plan.r_ref,
         alpha=plan.alpha,
         budget=plan.budget,
@@ -77,19 +78,30 @@ def recorded_plan(record: RunRecord) -> PlanView:
         ranks=Spread.of(record.ranks.values()),
         blocks=Spread.of(blocks.values()),
         modules=modules,
-        serving=serving(modules.values()),
+        serving=serving(modules.values(), _recorded_adapter(record)),
     )
 
 
-def serving(modules: Iterable[ModuleAdapter]) -> Serving:
-    """What the adapters need to be served as plain LoRA, for which n blocks count as rank n r."""
+def _recorded_adapter(record: RunRecord) -> str:
+    adapter = record.config.get("adapter")
+    kind = adapter.get("kind") if isinstance(adapter, dict) else None
+    if isinstance(kind, str):
+        return kind
+    return "ralora" if any(n > 1 for n in record.blocks.values()) else "lora"
+
+
+def serving(modules: Iterable[ModuleAdapter], adapter: str) -> Serving:
+    """What adapters of this kind need to be served as plain LoRA.
+
+    n blocks count as rank n r; LR-LoRA has no low rank and is approximated or merged.
+    """
     listed = list(modules)
     largest = max(module.reach for module in listed)
     sizes = [m.d_in + m.d_out for m in listed if m.d_in is not None and m.d_out is not None]
     return Serving(
         largest_rank=largest,
         uneven=len({module.reach for module in listed}) > 1,
-        blocked=any(module.blocks > 1 for module in listed),
+        adapter=adapter,
         vllm_rank=next((rank for rank in VLLM_RANKS if rank >= largest), None),
         padded_parameters=largest * sum(sizes) if len(sizes) == len(listed) else None,
     )

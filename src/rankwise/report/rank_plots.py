@@ -27,22 +27,23 @@ def rank_variants(report: Report) -> list[Variant]:
             continue
         reach = {name: module.reach for name, module in plan.modules.items()}
         figure = _by_layer(grid, reach)
-        if plan.r_ref is not None:
+        if plan.even_rank is not None:
+            even = f"{plan.even_rank:.3g}"
             figure.add_trace(
                 go.Scatter(
                     x=[grid.rows[0], grid.rows[-1]],
-                    y=[plan.r_ref, plan.r_ref],
-                    name=f"uniform LoRA, r = {plan.r_ref}",
+                    y=[plan.even_rank, plan.even_rank],
+                    name=f"uniform LoRA, r = {even}",
                     mode="lines",
                     line={"width": 3, "dash": "dash"},
                     meta={"ink": True},
-                    hovertemplate="uniform LoRA of the same budget: r = %{y}<extra></extra>",
+                    hovertemplate=f"uniform LoRA of as many parameters: r = {even}<extra></extra>",
                 )
             )
         low, high = min(reach.values()), max(reach.values())
         wide = high >= _WIDE * low
         scale = {"type": "log", "dtick": math.log10(2)} if wide else {"rangemode": "tozero"}
-        blocked = plan.serving.blocked
+        blocked = plan.blocks.max > 1
         title = "reach n × r, dimensions" if blocked else "rank, dimensions"
         shape_layout(figure, axis("layer", type="category"), axis(title, **scale))
         found.append(variant(plan.label, _rank_reading(plan), figure))
@@ -53,7 +54,7 @@ def histogram_variants(report: Report) -> list[Variant]:
     """How many modules have which rank, stacked by kind; of blocks where the plan has any."""
     found = []
     for plan in _uneven_first(report):
-        blocked = plan.serving.blocked
+        blocked = plan.blocks.max > 1
         reach = {name: module.reach for name, module in plan.modules.items()}
         kinds: dict[str, list[int]] = {}
         for name, value in reach.items():
@@ -161,7 +162,7 @@ def _rank_reading(plan: PlanView) -> str:
     """How to read the ranks, and how much of the budget they use."""
     what = (
         "Lines show the highest rank n × r that each module's n blocks can reach"
-        if plan.serving.blocked
+        if plan.blocks.max > 1
         else "Lines show each module's rank"
     )
     words = f"{what}; the dashed line is what equal ranks would give everywhere. "
@@ -177,7 +178,7 @@ def _stable_reading(update: UpdateView) -> str:
             "How many directions each learned update s·f(B·A) really uses; f can lift it above the "
             "rank of B·A, up to the smaller side of the layer."
         )
-    ranks = [module.rank * module.blocks for module in update.modules.values()]
+    ranks = [module.reach for module in update.modules.values()]
     given = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
     return (
         "How many directions each learned update really uses; the adapters could reach rank "

@@ -164,21 +164,24 @@ class Serving:
     Attributes:
         largest_rank: The largest rank of any module, blocks counted in.
         uneven: Whether modules differ in rank.
-        blocked: Whether it must be written as plain LoRA first.
+        adapter: `"lora"`; or `"ralora"` or `"lr-lora"`, which have to be exported first.
         vllm_rank: The smallest `max_lora_rank` of vLLM that holds it, None if none does.
         padded_parameters: Parameters once every module is padded to the largest rank.
     """
 
     largest_rank: int
     uneven: bool
-    blocked: bool
+    adapter: str
     vllm_rank: int | None
     padded_parameters: int | None
 
 
 @dataclass(frozen=True)
 class PlanView:
-    """A rank plan as the report shows it, or what a lone run record says of one."""
+    """A rank plan as the report shows it, or what a lone run record says of one.
+
+    `even_rank` is the rank that its parameters would give to every module alike.
+    """
 
     label: str
     method: str
@@ -189,6 +192,7 @@ class PlanView:
     blocks: Spread
     modules: dict[str, ModuleAdapter]
     serving: Serving
+    even_rank: float | None = None
     r_ref: int | None = None
     alpha: float | None = None
     budget: int | None = None
@@ -274,6 +278,11 @@ class ModuleUpdate:
     singular_values: list[float]
     condition_number: float | None = None
     precise_directions: float | None = None
+
+    @property
+    def reach(self) -> int:
+        """Highest rank that `s B A` can have."""
+        return min(self.rank * self.blocks, self.d_in, self.d_out)
 
 
 @dataclass(frozen=True)

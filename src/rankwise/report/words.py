@@ -123,16 +123,14 @@ def next_step(report: Report) -> tuple[str, str]:
             "report all runs together. Every run's folder holds its run.yaml.",
             "rankwise train run.yaml seed=1 training.learning_rate=1e-3 output=runs/again",
         )
-    if report.runs and all(run.ranks is None for run in report.runs):
-        return (
-            "Next: train an adapter from the same seed and report both runs.",
-            "rankwise train run.yaml method.name=ralora output=runs/ralora",
-        )
+    if methods == {"full"}:
+        return "Next: train an adapter from the same seed and report both runs.", _train("ralora")
+    if methods == {"lora"}:
+        sentence = "Next: train another adapter of this size from the same seed and report both."
+        return sentence, _train("ralora", report.plans)
     if report.runs:
-        return (
-            "Next: train plain LoRA of the same size from the same seed and report both runs.",
-            "rankwise train run.yaml method.name=lora output=runs/lora",
-        )
+        sentence = "Next: train plain LoRA of this size from the same seed and report both runs."
+        return sentence, _train("lora", report.plans)
     if report.plans:
         which = "this plan" if len(report.plans) == 1 else "one of these plans"
         return f"Next: train with {which}.", "rankwise train run.yaml plan=plan.json"
@@ -148,6 +146,19 @@ def next_step(report: Report) -> tuple[str, str]:
     return (
         "Next: turn the profile into a plan, and report both.",
         "rankwise plan PROFILE r=8 --out plan.json",
+    )
+
+
+def _train(method: str, plans: Sequence[PlanView] = ()) -> str:
+    """The command that trains by another method, whatever else the run's file asks for."""
+    options = f"name: {method}"
+    plan = plans[0] if plans else None
+    if plan is not None and plan.even_rank is not None and plan.alpha and plan.r_ref:
+        r = max(1, round(plan.even_rank))
+        options += f", r: {r}, alpha: {plan.alpha / plan.r_ref * r:g}"
+    return (
+        f"rankwise train run.yaml 'method={{{options}}}' 'adapter={{}}' dynamic=null plan=null "
+        f"output=runs/{method}"
     )
 
 
@@ -231,7 +242,7 @@ def _update(update: UpdateView) -> str:
             f"The learned updates of {update.label} use {short(used)} directions a module on "
             "average (stable rank); f(B·A) is not bound by the rank of B·A."
         )
-    given = sum(module.rank * module.blocks for module in modules) / len(modules)
+    given = sum(module.reach for module in modules) / len(modules)
     return (
         f"The learned updates of {update.label} use {short(used)} directions a module on average "
         f"(stable rank) of the {short(given)} they were given."

@@ -78,7 +78,8 @@ function updateCurves(name) {
   report.updates.forEach((view, series) => {
     const m = view.modules[name];
     if (m === undefined || m.update_norm === 0) return;
-    const most = view.kind === "lrlora" ? Math.min(m.d_in, m.d_out) : m.rank * m.blocks;
+    const side = Math.min(m.d_in, m.d_out);
+    const most = view.kind === "lrlora" ? side : Math.min(m.rank * m.blocks, side);
     const at = view.sampled_at[String(most)];
     found.push({ x: at, y: m.singular_values, name: plain(view.label), series });
   });
