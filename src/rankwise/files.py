@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,23 +159,29 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, marker: str) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, marker: str, written: Collection[str] | None = None
+) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when not.
 
     Args:
         path: The folder to create or to replace.
         marker: A file that tells that an existing folder is one of ours and may be replaced.
+        written: As for `check_replaceable`.
 
     Raises:
         FileError: `path` holds something else, or cannot be written; what was there is untouched.
     """
-    with draft_folder(path, marker=marker) as temporary, write_errors_explained(path):
+    folder = draft_folder(path, marker=marker, written=written)
+    with folder as temporary, write_errors_explained(path):
         yield temporary
         publish(temporary, path)
 
 
 @contextmanager
-def draft_folder(path: Path, *, marker: str) -> Iterator[Path]:
+def draft_folder(
+    path: Path, *, marker: str, written: Collection[str] | None = None
+) -> Iterator[Path]:
     """A temporary folder beside `path` that vanishes with the block, unless it was published.
 
     Unlike `new_folder` it leaves errors of the block as they are, for a block that does more than
@@ -184,7 +190,7 @@ def draft_folder(path: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         FileError: As `new_folder`.
     """
-    check_replaceable(path, marker=marker)
+    check_replaceable(path, marker=marker, written=written)
     temporary = None
     try:
         with write_errors_explained(path):
@@ -217,11 +223,17 @@ def write_errors_explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_replaceable(path: Path, *, marker: str) -> None:
+def check_replaceable(path: Path, *, marker: str, written: Collection[str] | None = None) -> None:
     """Refuse to write a folder over anything that is not an earlier result of the same kind.
 
+    Args:
+        path: The folder.
+        marker: A file that tells that it is one of ours.
+        written: Names, relative to it, of all the files that may be replaced; None: all may.
+
     Raises:
-        FileError: `path` is a file, or a non-empty folder without `marker`.
+        FileError: `path` is a file, a non-empty folder without `marker`, or holds a file that was
+            not written by us.
     """
     if path.exists() and not path.is_dir():
         raise FileError(f"{path}: is a file; name a folder.")
@@ -229,6 +241,20 @@ def check_replaceable(path: Path, *, marker: str) -> None:
         raise FileError(
             f"{path}: exists and holds no {marker}, so it is not replaced; choose another folder."
         )
+    if written is None or not path.is_dir():
+        return
+    added = [name for name in files_in(path) if name not in written]
+    if added:
+        raise FileError(
+            f"{path}: holds {added[0]}, which rankwise did not write there, so it is not replaced; "
+            "choose another folder."
+        )
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files of a folder and of those in it, by their paths relative to it, in order."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _swap(temporary: Path, path: Path) -> None:

@@ -113,6 +113,9 @@ def test_a_place_that_is_taken_is_found_before_measuring(tmp_path: Path) -> None
     with pytest.raises(FileError, match=r"holds no profile\.json, so it is not replaced"):
         profile_gradients(tiny_llama(), interrupted_loader(AssertionError()), out=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "profile.json").write_text("{}")
+    with pytest.raises(FileError, match=r"holds thesis\.tex, which rankwise did not write there"):
+        profile_gradients(tiny_llama(), interrupted_loader(AssertionError()), out=tmp_path)
 
 
 class TestTensorFiles:

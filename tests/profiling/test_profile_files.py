@@ -92,6 +92,15 @@ class TestWhatIsNotOverwritten:
             profile.save(tmp_path)
         assert contents(tmp_path) == {"thesis.tex": b"years of work"}
 
+    def test_profile_to_which_something_was_added(
+        self, profile: GradientProfile, folder: Path
+    ) -> None:
+        (folder / "plan.json").write_text("mine")
+        before = contents(folder)
+        with pytest.raises(FileError, match=r"holds plan\.json, which rankwise did not write"):
+            profile.save(folder)
+        assert contents(folder) == before
+
     def test_file(self, profile: GradientProfile, tmp_path: Path) -> None:
         path = tmp_path / "profile"
         path.write_text("text")

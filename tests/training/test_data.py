@@ -57,6 +57,21 @@ def test_packing_fills_every_sequence(tmp_path: Path, tokenizer: PreTrainedToken
     assert set(lengths[:-1]) == {16}
 
 
+def test_packing_cuts_no_completion(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "the quick " * 9, "completion": "brown fox " * 9}] * 2
+    path = str(write_rows(tmp_path / "t.jsonl", rows))
+    whole = load_token_data(DataConfig(train=path, held_out=path), tokenizer, seed=0).train
+    packed = load_token_data(
+        DataConfig(train=path, held_out=path, packing=True, max_length=8), tokenizer, seed=0
+    ).train
+    learned = [
+        [label for row in data for label in row["labels"] if label != IGNORED_LABEL]
+        for data in (whole, packed)
+    ]
+    assert learned[0] == learned[1]
+    assert len(whole[0]["input_ids"]) > 8
+
+
 def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_texts(tmp_path / "t.jsonl", 8)
     data = load_token_data(DataConfig(train=str(path), max_length=5), tokenizer, seed=0)

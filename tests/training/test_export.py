@@ -171,7 +171,7 @@ class TestWhatIsThere:
         (tmp_path / "out" / "notes").mkdir()
         (tmp_path / "out" / "notes" / "mine.txt").write_text("kept")
         main_returns(*arguments, code=1)
-        assert "holds notes/mine.txt, which its export did not write" in capsys.readouterr().err
+        assert "holds notes/mine.txt, which rankwise did not write there" in capsys.readouterr().err
         assert (tmp_path / "out" / "notes" / "mine.txt").read_text() == "kept"
 
     @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_run_gets_its_landscape(
     assert found.tokens == record.held_out[-1].tokens
 
 
-def test_a_base_that_changed_is_refused(tmp_path: Path) -> None:
+def test_a_base_or_data_that_changed_are_refused(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path / "model")
     write_texts(tmp_path / "train.jsonl")
     document = {
@@ -166,6 +166,10 @@ def test_a_base_that_changed_is_refused(tmp_path: Path) -> None:
         "training": {"steps": 1, "batch_size": 2},
     }
     train(validate(document, "test"))
+    write_texts(tmp_path / "train.jsonl", 40)
+    with pytest.raises(RankwiseError, match="held-out text is no longer that of"):
+        run_landscape(tmp_path / "run", LandscapeSettings(points=3), notify=lambda _: None)
+    write_texts(tmp_path / "train.jsonl")
     save_tiny_llama(tmp_path / "model", seed=1)
     with pytest.raises(RankwiseError, match="no longer the model"):
         run_landscape(tmp_path / "run", LandscapeSettings(points=3), notify=lambda _: None)

@@ -317,13 +317,35 @@ def test_somebody_elses_folder_is_not_replaced(place: Path, tmp_path: Path) -> N
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_run_to_which_something_was_added_is_not_replaced(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("added", ["notes.txt", "adapter/notes.txt", "adapter/lora/card.md"])
+def test_a_run_to_which_something_was_added_is_not_replaced(
+    place: Path, tmp_path: Path, added: str
+) -> None:
     train(config(place, tmp_path / "run"))
     train(config(place, tmp_path / "run"))
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(FileError, match=r"holds notes\.txt, which no run writes"):
+    (tmp_path / "run" / added).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / added).write_text("mine")
+    with pytest.raises(FileError, match=rf"holds {added}, which rankwise did not write there"):
         train(config(place, tmp_path / "run"))
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / added).read_text() == "mine"
+
+
+def test_a_run_of_before_its_files_were_listed_is_replaced(place: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path / "run"))
+    (tmp_path / "run/files.json").unlink()
+    train(config(place, tmp_path / "run"))
+    (tmp_path / "run/files.json").unlink()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(FileError, match=r"holds notes\.txt"):
+        train(config(place, tmp_path / "run"))
+
+
+def test_the_base_is_not_replaced(place: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path / "run", method={"name": "full"}))
+    before = (tmp_path / "run/model/model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="would replace the base"):
+        train(config(place, tmp_path / "run", model=str(tmp_path / "run/model")))
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
 
 
 def test_the_record_is_plain_json(place: Path, tmp_path: Path) -> None:

@@ -8,8 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rankwise.errors import FileError
-from rankwise.files import check_replaceable, new_folder, parse_json, read_text, write_text
+from rankwise.files import (
+    check_replaceable,
+    files_in,
+    new_folder,
+    parse_json,
+    read_text,
+    write_text,
+)
 
 EXPORT_FILE = "rankwise_export.json"
 """Tells an export from the many folders that hold a `config.json` or an `adapter_config.json`."""
@@ -34,12 +40,7 @@ def check_export_folder(folder: Path) -> None:
     if not path.is_file():
         return
     contents = parse_json(read_text(path, "export"), _Contents, path=path, what="export")
-    added = sorted(set(_files(folder)) - set(contents.files))
-    if added:
-        raise FileError(
-            f"{folder}: holds {added[0]}, which its export did not write, so it is not replaced; "
-            "choose another folder."
-        )
+    check_replaceable(folder, marker=EXPORT_FILE, written={EXPORT_FILE, *contents.files})
 
 
 @contextmanager
@@ -52,10 +53,5 @@ def new_export(folder: Path, mode: str) -> Iterator[Path]:
     check_export_folder(folder)
     with new_folder(folder, marker=EXPORT_FILE) as draft:
         yield draft
-        contents = _Contents(mode, _files(draft))
+        contents = _Contents(mode, files_in(draft))
         write_text(draft / EXPORT_FILE, json.dumps(asdict(contents), indent=1) + "\n")
-
-
-def _files(folder: Path) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != EXPORT_FILE)

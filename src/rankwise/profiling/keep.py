@@ -15,6 +15,7 @@ from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.profile import (
     GRADIENTS_FILE,
     PROFILE_FILE,
+    PROFILE_FILES,
     GradientProfile,
     read_gradients,
 )
@@ -104,7 +105,7 @@ def keeper(
         yield Keeper(selected, gradients=gradients)
         return
     path = Path(out)
-    with draft_folder(path, marker=PROFILE_FILE) as draft:
+    with draft_folder(path, marker=PROFILE_FILE, written=PROFILE_FILES) as draft:
         kept = DiskKeeper(path, draft, selected, dtype, gradients=gradients)
         try:
             yield kept

@@ -32,6 +32,10 @@ _SPECTRA_FILE = "spectra.safetensors"
 GRADIENTS_FILE = "gradients.safetensors"
 _GRAM_FILE = "gram.safetensors"
 _CONVERGENCE_FILE = "convergence.safetensors"
+PROFILE_FILES = frozenset(
+    {PROFILE_FILE, _SPECTRA_FILE, GRADIENTS_FILE, _GRAM_FILE, _CONVERGENCE_FILE}
+)
+"""All that a profile's folder may hold; with anything else in it, it is not replaced."""
 _FORBID = ConfigDict(extra="forbid")
 
 
@@ -231,12 +235,12 @@ class GradientProfile(Displayed):
         """Write `profile.json` and the arrays beside it, all or nothing.
 
         Args:
-            folder: Created, or replaced if it holds an earlier profile.
+            folder: Created, or replaced if it holds an earlier profile and nothing else.
 
         Raises:
             FileError: It holds something else or cannot be written; nothing was changed.
         """
-        with new_folder(Path(folder), marker=PROFILE_FILE) as new:
+        with new_folder(Path(folder), marker=PROFILE_FILE, written=PROFILE_FILES) as new:
             self.write_into(new)
 
     def write_into(self, folder: Path) -> None:

@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rankwise.errors import DataError
 from rankwise.profiling.loss import IGNORED_LABEL
+from rankwise.provenance import DataFingerprint
 from rankwise.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,21 @@ class TokenData:
             batch_size=batch_size,
             collate_fn=self.collator,
         )
+
+    def description(self) -> dict[str, dict[str, Any]]:
+        """How many sequences each part has, and the fingerprint of their tokens, for a record."""
+        parts = {"train": self.train, "held_out": self.held_out}
+        return {
+            part: {"sequences": len(rows), "fingerprint": _fingerprint(rows)}
+            for part, rows in parts.items()
+        }
+
+
+def _fingerprint(rows: datasets.Dataset) -> str:
+    digest = DataFingerprint()
+    for row in rows:
+        digest.update({key: torch.tensor(value) for key, value in row.items()})
+    return digest.hexdigest()
 
 
 def load_token_data(
@@ -187,7 +203,7 @@ def _encode_text(
     first, ids = encode_prompt(text, tokenizer, config.start)
     if not config.start:  # a tokenizer's own first token is learned between packed texts
         first, ids = [], first + ids
-    return _row(first, _with_end(ids, tokenizer), None if config.packing else config.max_length)
+    return _row(first, _with_end(ids, tokenizer), config)
 
 
 def _encode_completion(
@@ -195,13 +211,14 @@ def _encode_completion(
 ) -> dict[str, list[int]]:
     first, before = encode_prompt(prompt, tokenizer, config.start)
     after = _with_end(_ids(completion, tokenizer, special=False), tokenizer)
-    return _row(first + before, after, config.max_length)
+    return _row(first + before, after, config)
 
 
-def _row(read: list[int], learned: list[int], max_length: int | None) -> dict[str, list[int]]:
+def _row(read: list[int], learned: list[int], config: DataConfig) -> dict[str, list[int]]:
+    end = None if config.packing else config.max_length  # packing cuts what it has joined
     return {
-        "input_ids": (read + learned)[:max_length],
-        "labels": ([IGNORED_LABEL] * len(read) + learned)[:max_length],
+        "input_ids": (read + learned)[:end],
+        "labels": ([IGNORED_LABEL] * len(read) + learned)[:end],
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter
 from rankwise.artifacts import RECORD_FILE
-from rankwise.errors import ConfigError, nearest
+from rankwise.errors import ConfigError, DataError, nearest
 from rankwise.profiling.batches import with_progress
 from rankwise.provenance import DataFingerprint, model_fingerprint, versions
 from rankwise.records import RunRecord
@@ -93,6 +93,11 @@ def run_landscape(
         str(run / MODEL_FOLDER) if config.is_full else config.model, config.dtype
     )
     data = load_token_data(config.data, tokenizer, seed=config.seed)
+    if data.description()["held_out"] != record.data.get("held_out"):
+        raise DataError(
+            f"{config.data.held_out or config.data.train}: the held-out text is no longer that of "
+            f"{run}; put the data back as it was."
+        )
     trained = model.requires_grad_(True) if config.is_full else _adapted(model, run, record)
     loader = data.held_out_loader(settings.batch_size)
     found = loss_landscape(

@@ -14,7 +14,7 @@ from rankwise.files import check_replaceable
 from rankwise.profile_tables import column_values, compare_profiles, profile_table
 from rankwise.profiling import Engine, GradientProfile, Statistic, profile_gradients
 from rankwise.profiling.memory import available_memory, estimate_memory
-from rankwise.profiling.profile import PROFILE_FILE
+from rankwise.profiling.profile import PROFILE_FILE, PROFILE_FILES
 from rankwise.training.config import RunConfig
 from rankwise.training.data import load_token_data
 from rankwise.training.train import load_model
@@ -62,7 +62,7 @@ def run_profile(
         RankwiseError: Any bad input; nothing is written then.
     """
     out = Path(config.output)
-    check_replaceable(out, marker=PROFILE_FILE)
+    check_replaceable(out, marker=PROFILE_FILE, written=PROFILE_FILES)
     earlier = None if settings.compare is None else GradientProfile.load(settings.compare)
     if earlier is not None:
         column_values(earlier, settings.column)  # before hours of work

@@ -17,8 +17,15 @@ from rankwise.adapters.base_fingerprint import write_base_fingerprint
 from rankwise.adapters.export import WEIGHTS_FILE
 from rankwise.artifacts import EVENTS_FILE, PLAN_FILE, PROFILE_FOLDER, RECORD_FILE
 from rankwise.dynamic import RankEvent
-from rankwise.errors import FileError
-from rankwise.files import check_replaceable, new_folder, write_text
+from rankwise.errors import ConfigError, FileError
+from rankwise.files import (
+    check_replaceable,
+    files_in,
+    new_folder,
+    parse_json,
+    read_text,
+    write_text,
+)
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
 from rankwise.records import RunRecord
@@ -36,10 +43,12 @@ MODEL_FOLDER = "model"
 LOGS_FOLDER = "logs"
 """Files of the tools that `training.report_to` names."""
 CONFIG_FILE = "run.yaml"
+FILES_FILE = "files.json"
+"""Names every other file that the run wrote: what another run may replace."""
 _WRITTEN = {
     *(ADAPTER_FOLDER, MODEL_FOLDER, PROFILE_FOLDER, LOGS_FOLDER),
     *(CONFIG_FILE, RECORD_FILE, PLAN_FILE, EVENTS_FILE),
-    *(TRACKING_FILE, ANALYSIS_FILE, LANDSCAPE_FILE),
+    *(TRACKING_FILE, ANALYSIS_FILE, LANDSCAPE_FILE, FILES_FILE),
 }
 
 
@@ -60,16 +69,35 @@ class TrainingRun:
     analysis: dict[str, Any] | None = None
 
 
-def check_output(output: Path) -> None:
-    """Refuse to replace anything but a run, and one to which something was added."""
-    check_replaceable(output, marker=RECORD_FILE)
-    there = [path.name for path in output.iterdir()] if output.is_dir() else []
-    added = sorted(set(there) - _WRITTEN)
-    if added:
-        raise FileError(
-            f"{output}: holds {added[0]}, which no run writes, so it is not replaced; choose "
-            "another folder."
+def check_output(output: Path, model: str) -> None:
+    """Refuse to replace anything but a run, one to which something was added, and the base.
+
+    Args:
+        output: The folder to write.
+        model: The base model, a folder or a hub id.
+
+    Raises:
+        FileError: `output` holds what no run wrote.
+        ConfigError: It holds the base model.
+    """
+    check_replaceable(output, marker=RECORD_FILE, written=_replaceable(output))
+    base = Path(model)
+    if base.exists() and base.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(
+            f"output={str(output)!r} would replace the base, model={model!r}; choose another "
+            "folder."
         )
+
+
+def _replaceable(output: Path) -> set[str] | None:
+    """The files of `output` that another run may replace; None if it has none."""
+    if not output.is_dir():
+        return None
+    path = output / FILES_FILE
+    if not path.is_file():  # a run of an earlier version
+        return {name for name in files_in(output) if name.split("/")[0] in _WRITTEN}
+    names = parse_json(read_text(path, "list of files"), list[str], path=path, what="list of files")
+    return {*names, FILES_FILE, LANDSCAPE_FILE}
 
 
 def save_or_rescue(
@@ -135,3 +163,4 @@ def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, lo
             run.profile.save(folder / PROFILE_FOLDER)
         write_text(folder / CONFIG_FILE, yaml.safe_dump(run.record.config, sort_keys=False))
         run.record.save(folder / RECORD_FILE)
+        write_text(folder / FILES_FILE, json.dumps(files_in(folder), indent=1) + "\n")

@@ -30,7 +30,6 @@ from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from rankwise.profiling.measure import model_name
 from rankwise.provenance import (
-    DataFingerprint,
     git_commit,
     hardware,
     model_fingerprint,
@@ -114,7 +113,7 @@ def train(
     say = notify or logger.info
     output = Path(config.output)
     _check_alone()
-    check_output(output)
+    check_output(output, config.model)
     check_tools(config.training.report_to)
     set_seed(config.seed)
     model, tokenizer = load_model(config.model, config.dtype)
@@ -201,7 +200,7 @@ def _circumstances(config: RunConfig, data: TokenData) -> dict[str, Any]:
     """The record's fields that say what was run, on what, and when."""
     return {
         "seed": config.seed,
-        "data": _describe_data(data),
+        "data": data.description(),
         "config": config.model_dump(mode="json"),
         "versions": versions(),
         "hardware": hardware(),
@@ -268,16 +267,6 @@ def _dynamic(config: RunConfig, plan: RankPlan) -> RankCallback | None:
     """What moves ranks while training, if that was asked for."""
     options = config.make_dynamic()
     return None if options is None else RankCallback(plan, config.make_method(), options)
-
-
-def _describe_data(data: TokenData) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for part, rows in (("train", data.train), ("held_out", data.held_out)):
-        digest = DataFingerprint()
-        for row in rows:
-            digest.update({key: torch.tensor(value) for key, value in row.items()})
-        facts[part] = {"sequences": len(rows), "fingerprint": digest.hexdigest()}
-    return facts
 
 
 def peak_memory_mib() -> float | None:
