@@ -383,3 +383,16 @@ def test_block_updates_are_no_other_adapter(place: Path, tmp_path: Path) -> None
     with pytest.raises(PlanError, match="one block per module"):
         train(config(place, tmp_path / "run", adapter={"kind": "lr-lora"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_training_in_fp16_is_warned_of(place: Path, tmp_path: Path) -> None:
+    for dtype, warned in (("float16", True), ("bfloat16", False)):
+        said: list[str] = []
+        settings = {"steps": 1, "batch_size": 2}
+        train(
+            config(
+                place, tmp_path / dtype, dtype=dtype, training=settings, method={"name": "lora"}
+            ),
+            notify=said.append,
+        )
+        assert any("underflow in fp16" in line for line in said) == warned

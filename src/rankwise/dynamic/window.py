@@ -66,8 +66,8 @@ class Window:
         self.dropped: list[str] = []
         self._joined = 0
 
-    def begin_batch(self) -> None:
-        """A forward pass is about to start."""
+    def begin_batch(self, scale: float = 1.0) -> None:
+        """A forward pass is about to start, whose loss is going to be multiplied by `scale`."""
         if not self._open:
             wrapped = [f"{name}{_BASE}" for name in self._shapes]
             self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -82,7 +82,7 @@ class Window:
                 )
             )
             self._open = True
-        self.statistics.begin_batch(items=1, rows=1)
+        self.statistics.begin_batch(items=1, rows=1, scale=scale)
         self._running = True
 
     def end_batch(self) -> None:
@@ -142,8 +142,13 @@ class Window:
         self.batches = int(arrays["batches"])
         names = list(self._shapes)
         self.dropped = [names[i] for i in arrays["dropped"].tolist()]
-        rest = {k: t.to(self._device) for k, t in arrays.items() if k not in ("batches", "dropped")}
-        self.statistics.restore(rest)
+        self.statistics.restore(
+            {
+                key: array.to(self._device(key.rpartition(":")[0]))
+                for key, array in arrays.items()
+                if key not in ("batches", "dropped")
+            }
+        )
         self._joined = self._ended
 
     @autocast_off()
@@ -195,8 +200,8 @@ class Window:
         return self._joined == self._ended
 
     def _joined_stream(self, name: str) -> JoinedSum | JoinedGradients:
-        weight = linear_weight(self._model.get_submodule(f"{name}{_BASE}"))
-        like = torch.zeros((), dtype=wide_dtype(weight.dtype), device=self._device)
+        weight = self._weight(name)
+        like = torch.zeros((), dtype=wide_dtype(weight.dtype), device=weight.device)
         make = JoinedGradients if "gram" in self._wanted else JoinedSum
         self._streams.append(make(self._shapes[name], like))
         return self._streams[-1]
@@ -205,15 +210,18 @@ class Window:
         shape = self._shapes[name]
         if result.gradient is not None:
             return dense(result.gradient)
-        return torch.zeros(shape.d_out, shape.d_in, device=self._device)
+        return torch.zeros(shape.d_out, shape.d_in, device=self._device(name))
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+    def _weight(self, name: str) -> Tensor:
+        return linear_weight(self._model.get_submodule(f"{name}{_BASE}"))
+
+    def _device(self, name: str) -> torch.device:
+        """Where a module is; of counts, which belong to none, the CPU."""
+        return self._weight(name).device if name else torch.device("cpu")
 
     def _scalars(self, name: str, result: ModuleResult, gradient: Tensor) -> ModuleStatistics:
         shape = self._shapes[name]
-        weight = linear_weight(self._model.get_submodule(f"{name}{_BASE}"))
+        weight = self._weight(name)
         return ModuleStatistics(
             d_in=shape.d_in,
             d_out=shape.d_out,

@@ -16,6 +16,7 @@ from rankwise.profiling.batches import (
     with_progress,
 )
 from rankwise.profiling.capture import capture_gradients
+from rankwise.profiling.precision import loss_scale
 from rankwise.profiling.statistics import ModuleResult, StreamingStatistics
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ def _run(
     if not items:
         ledger.skip(index)
         return
-    statistics.begin_batch(items, batch_rows(batch))
-    loss.backward()
+    scale = loss_scale(job.model, items)
+    statistics.begin_batch(items, batch_rows(batch), scale)
+    (loss * scale).backward()
     if not is_finite(loss):  # its gradient may be finite all the same
         statistics.spoil("the loss")
     spoiled = statistics.end_batch()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -21,6 +23,16 @@ def autocast_off() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def loss_scale(model: nn.Module, items: int) -> float:
+    """What a mean loss over `items` is multiplied by before its backward pass: 1 but in fp16.
+
+    There the gradient of a mean over thousands of tokens is smaller than the smallest number,
+    6e-8, where it starts, at the logits. That of the sum is not; a power of two rounds nothing.
+    """
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    return 2.0 ** math.floor(math.log2(items)) if half else 1.0
 
 
 @cache

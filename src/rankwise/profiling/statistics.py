@@ -119,6 +119,7 @@ class StreamingStatistics:
         self._samples = 0
         self._staged: dict[str, _Staged] = {}
         self._items = 0
+        self._scale = 1.0
         self._batch_rows = 0
         self._spoiled: str | None = None
         self._last_input: _Input | None = None
@@ -129,9 +130,13 @@ class StreamingStatistics:
             return KeptGradients(convergence=convergence)
         return GradientSum(convergence=convergence)
 
-    def begin_batch(self, items: int, rows: int) -> None:
-        """Start a batch of `rows` samples whose loss is a mean over `items` labelled items."""
+    def begin_batch(self, items: int, rows: int, scale: float = 1.0) -> None:
+        """Start a batch of `rows` samples whose loss is a mean over `items` labelled items.
+
+        `scale` is what that loss was multiplied by before its backward pass.
+        """
         self._items = items
+        self._scale = scale
         self._batch_rows = rows
         self._staged = {}
         self._spoiled = None
@@ -143,6 +148,8 @@ class StreamingStatistics:
         """Add one use of a module; a module used several times in a forward adds up."""
         if self._spoiled is not None or not x.numel():
             return
+        if self._scale != 1:
+            g = g.to(wide_dtype(g.dtype)) / self._scale
         seen, flat_g = self._input(x), g.reshape(-1, g.shape[-1])
         largest = seen.peak * _peak(g) * len(flat_g) * self._items
         if not largest < torch.finfo(wide_dtype(x.dtype)).max:  # a NaN, an infinity, an overflow

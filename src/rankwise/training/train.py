@@ -125,6 +125,11 @@ def train(
     adapted = _trainable(model, plan, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     method = _method_name(config, plan)
+    if config.dtype == "float16":
+        say(
+            "warning: dtype=float16: gradients of a mean over many tokens underflow in fp16, and "
+            "training has no loss scaler; bfloat16 and float32 lose nothing"
+        )
     say(f"training {trainable:,} parameters with {method}")
     dynamic = None if plan is None else _dynamic(config, plan)
     # Trainer wants a folder of its own and makes it at once; ours appears only when all is well

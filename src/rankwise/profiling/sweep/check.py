@@ -15,7 +15,7 @@ from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Batch, Job, is_finite, run_forward
 from rankwise.profiling.capture import capture_gradients
 from rankwise.profiling.loss import IGNORED_LABEL, model_loss
-from rankwise.profiling.precision import autocast_off
+from rankwise.profiling.precision import autocast_off, loss_scale
 from rankwise.profiling.staging import wide_dtype
 from rankwise.profiling.sweep.head import ChunkedLoss
 from rankwise.profiling.sweep.passes import begin_stack, end_stack, run_layer, run_top
@@ -86,7 +86,8 @@ def _compare(job: Job, structure: Structure, batch: Batch, index: int) -> Way | 
         loss, items = run_forward(job, batch, index)
         if not items:
             return None
-        loss.backward()
+        by_hooks.scale = loss_scale(job.model, items)
+        (loss * by_hooks.scale).backward()
     if not (is_finite(loss) and all(map(math.isfinite, by_hooks.size.values()))):
         return None
     del loss
@@ -157,9 +158,11 @@ class Sketch:
     def __init__(self) -> None:
         self.value: dict[str, float] = {}
         self.size: dict[str, float] = {}
+        self.scale = 1.0
 
-    def begin_batch(self, items: int, rows: int) -> None:
-        """Nothing: there is one batch."""
+    def begin_batch(self, items: int, rows: int, scale: float) -> None:
+        """Note what the loss was multiplied by; there is one batch."""
+        self.scale = scale
 
     def spoil(self, name: str) -> None:
         """Nothing: a NaN shows in the comparison."""
@@ -173,7 +176,7 @@ class Sketch:
         """Add one use of a module."""
         wide = wide_dtype(x.dtype)
         generator = torch.Generator().manual_seed(0)
-        sides = []
+        sides, g = [], g.to(wide) / self.scale
         for side in (x, g):
             vector = torch.randn(side.shape[-1], generator=generator)
             sides.append((side.to(wide) @ vector.to(side.device, wide)).flatten())

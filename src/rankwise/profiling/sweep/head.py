@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rankwise.profiling.batches import Batch, Job, on_device
 from rankwise.profiling.loss import IGNORED_LABEL, model_arguments, model_loss, shifts_labels
+from rankwise.profiling.precision import loss_scale
 from rankwise.profiling.sweep.recording import Autocast
 from rankwise.profiling.sweep.structure import UnsuitableError
 
@@ -39,7 +40,7 @@ class _ReachedError(Exception):
 
 @dataclass
 class Chunks:
-    """A loss whose gradient at the head's input is known already."""
+    """A loss whose gradient at the head's input is known already, times `loss_scale`."""
 
     loss: Tensor
     items: int
@@ -94,7 +95,7 @@ class ChunkedLoss:
         if hidden.shape[:-1] != used.shape or not hidden.requires_grad:
             raise UnsuitableError("the output head does not see every token")
         with reached.autocast.again():
-            return self._differentiated(hidden, used)
+            return self._differentiated(job.model, hidden, used)
 
     def _run_up_to_head(self, model: nn.Module, arguments: Batch) -> _ReachedError:
         def stop(_head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -109,16 +110,17 @@ class ChunkedLoss:
             handle.remove()
         raise UnsuitableError("the output head is not called")
 
-    def _differentiated(self, hidden: Tensor, labels: Tensor) -> Chunks:
+    def _differentiated(self, model: nn.Module, hidden: Tensor, labels: Tensor) -> Chunks:
         rows = hidden.detach().flatten(0, -2)
         flat = labels.flatten()
         places = (flat != IGNORED_LABEL).nonzero()[:, 0]
+        scale = loss_scale(model, len(places))
         gradient = torch.zeros_like(rows)
         total = torch.zeros((), device=rows.device)
         for chunk in places.split(CHUNK):
             leaf = rows[chunk].requires_grad_(True)
             logits = self.head(leaf).float()  # as transformers does
             loss = F.cross_entropy(logits, flat[chunk], reduction="sum") / len(places)
-            (gradient[chunk],) = torch.autograd.grad(loss, leaf)
+            (gradient[chunk],) = torch.autograd.grad(loss * scale, leaf)
             total += loss.detach()
         return Chunks(total, len(places), hidden, gradient.view_as(hidden))

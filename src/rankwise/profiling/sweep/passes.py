@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankwise.errors import ProfileError
 from rankwise.profiling.batches import Batch, Job, batch_rows, is_finite, run_forward
 from rankwise.profiling.capture import capture_gradients
+from rankwise.profiling.precision import loss_scale
 from rankwise.profiling.sweep.head import ChunkedLoss
 from rankwise.profiling.sweep.recording import Recorder, StackRecord
 from rankwise.profiling.sweep.structure import Structure, UnsuitableError
@@ -20,7 +21,7 @@ from rankwise.profiling.sweep.structure import Structure, UnsuitableError
 class Consumer(Protocol):
     """What the passes need of `StreamingStatistics`."""
 
-    def begin_batch(self, items: int, rows: int) -> None:
+    def begin_batch(self, items: int, rows: int, scale: float) -> None:
         """Start a batch."""
 
     def consume(self, name: str, x: Tensor, g: Tensor) -> None:
@@ -41,6 +42,7 @@ class Run:
     batch: Batch
     items: int
     rows: int
+    scale: float  # of the loss, and so of all gradients
     stacks: list[StackRecord]
     gradient: Tensor | None = None  # at the output of the layer that is next
 
@@ -89,9 +91,10 @@ def run_top(
             return None, None
         recorder.check()
         rows = batch_rows(batch)
-        statistics.begin_batch(items, rows)
-        chunks.backward() if chunks else total.backward()
-    run = Run(index, batch, items, rows, recorder.stacks)
+        scale = loss_scale(job.model, items)
+        statistics.begin_batch(items, rows, scale)
+        chunks.backward() if chunks else (total * scale).backward()
+    run = Run(index, batch, items, rows, scale, recorder.stacks)
     end = run.stacks[-1].end
     if end is None or end.grad is None:
         raise UnsuitableError("the loss does not depend on the last layer's output")
@@ -131,7 +134,7 @@ def run_layer(
         job.model, targets, statistics.consume, flat=False, from_embeddings=False
     ):
         for run in runs:
-            statistics.begin_batch(run.items, run.rows)
+            statistics.begin_batch(run.items, run.rows, run.scale)
             hidden, output = run.stacks[at].calls.pop().again(layer)
             torch.autograd.backward(output, run.gradient)
             if hidden.grad is None:
