@@ -49,6 +49,16 @@ def test_a_trainer_with_fsdp_is_refused(tmp_path: Path) -> None:
         trainer.callback_handler.on_init_end(args, trainer.state, trainer.control)
 
 
+def test_a_trainer_with_data_parallel_is_refused(tmp_path: Path) -> None:
+    model, plan = attached()
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model, args)
+    args._n_gpu = 2
+    trainer.callback_handler.add_callback(rw.RankCallback(plan))
+    with pytest.raises(DynamicError, match=r"2 GPUs by nn.DataParallel, .* --nproc-per-node=2"):
+        trainer.callback_handler.on_init_end(args, trainer.state, trainer.control)
+
+
 def test_an_optimizer_of_other_parameters_is_refused() -> None:
     """Flat buffers and parameters from before a wrapper replaced them."""
     model, plan = attached()

@@ -185,13 +185,30 @@ def compact_(model: PeftModel, plan: RankPlan, *, adapter: str = "default") -> P
 
 
 def plan_with(plan: RankPlan, ranks: Mapping[str, int], *, budget: int | None) -> RankPlan:
-    """The plan with other ranks; a module of rank 0 is left out."""
+    """The plan with other ranks; a module of rank 0 is left out.
+
+    What the plan says of its budget's remainder and of captured energy is about its own ranks, and
+    is dropped if they move.
+    """
     modules = {
         name: replace(module, rank=ranks[name])
         for name, module in plan.modules.items()
         if ranks[name]
     }
-    return replace(plan, modules=modules, budget=budget)
+    if modules == plan.modules:
+        return replace(plan, budget=budget)
+    empty = {name: m.shape for name, m in plan.modules.items() if name not in modules}
+    return replace(
+        plan,
+        modules=modules,
+        budget=budget,
+        left_out=plan.left_out | empty,
+        next_rank=None,
+        full=False,
+        largest_total=None,
+        captured=None,
+        captured_by_uniform=None,
+    )
 
 
 def matching_factors(model: PeftModel, plan: RankPlan, adapter: str) -> dict[str, LoraFactors]:

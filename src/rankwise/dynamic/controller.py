@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, FiniteFloat, NonNegativeInt
 
-from rankwise.allocation import parameters
+from rankwise.allocation import Limits, parameters, rank_limits
 from rankwise.dynamic.estimates import Estimates, Rule
 from rankwise.errors import PlanError, nearest
 from rankwise.plan import RankPlan
@@ -146,6 +146,8 @@ class RankController:
         shapes: Shape of every module that carries an adapter.
         budget: Active parameters that may never be exceeded.
         options: When and how far.
+        limits: Smallest and largest rank of every module; default: the rule's bounds, lowered to
+            each module's dimensions.
 
     Raises:
         PlanError: A floor names an unknown module or exceeds what the module can have.
@@ -157,19 +159,21 @@ class RankController:
         shapes: Mapping[str, LinearShape],
         budget: int,
         options: DynamicOptions,
+        limits: Limits | None = None,
     ) -> None:
         self.rule = rule
         self.budget = budget
         self.options = options
         self.costs = {name: shape.rank_cost for name, shape in shapes.items()}
-        low, high = rule.bounds
+        caps = {name: shape.max_rank for name, shape in shapes.items()}
+        given = rank_limits(caps, *rule.bounds) if limits is None else limits
         for name in options.floors:
             if name not in shapes:
                 raise PlanError(f"floors: {name!r} carries no adapter; {nearest(name, shapes)}")
         self.limits: dict[str, tuple[int, int]] = {}
-        for name, shape in shapes.items():
-            most = min(high, shape.max_rank)
-            least = options.floors.get(name, min(low, most))
+        for name in shapes:
+            low, most = given[name]
+            least = options.floors.get(name, low)
             if not 0 <= least <= most:
                 raise PlanError(f"floors: {name} has {least}; it must be between 0 and {most}.")
             self.limits[name] = (least, most)
@@ -185,8 +189,8 @@ class RankController:
             low, high = self.limits[name]
             if not low <= rank <= high:
                 raise PlanError(
-                    f"the plan gives {name} rank {rank}, outside [{low}, {high}]; set r_min, r_max "
-                    "or floors of the dynamic method so that they hold it."
+                    f"the plan gives {name} rank {rank}, outside [{low}, {high}]; set r_min, "
+                    "r_max, fixed, around or floors of the dynamic method so that they hold it."
                 )
         used = parameters(ranks, self.costs)
         if used > self.budget:

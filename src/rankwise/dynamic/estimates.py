@@ -20,6 +20,7 @@ from rankwise.allocation import (
 from rankwise.errors import PlanError
 from rankwise.methods import Compose, Gard, LoraGid, LsLora, Method, WaterFill
 from rankwise.methods.base import costs_of, energies_of
+from rankwise.methods.budgeted import BudgetedMethod
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
 
@@ -35,7 +36,7 @@ class Rule:
     Attributes:
         kind: `"proportional"` to the first number of each estimate, the others break ties; or
             `"water-fill"` of energies.
-        bounds: Smallest and largest rank of any module.
+        bounds: Smallest and largest rank that any module may have.
         rounding: See `rankwise.allocation.proportional_ranks`.
         offset: Likewise.
     """
@@ -93,13 +94,37 @@ def default_method(plan: RankPlan) -> Gard:
     return Gard(r=plan.r_ref, alpha=plan.alpha, r_max=max(2 * plan.r_ref, largest))
 
 
-def estimate(method: Method, profile: GradientProfile) -> dict[str, list[float]]:
+def limits_of(method: Method, plan: RankPlan, budget: int) -> dict[str, tuple[int, int]]:
+    """Smallest and largest rank of every module that the plan adapts, as a static plan has them.
+
+    Args:
+        method: One that `rule_of` knows.
+        plan: Where ranks start.
+        budget: Active parameters.
+
+    Raises:
+        PlanError: The method fixes, or keeps near, a module that the plan does not know.
+    """
+    assert isinstance(method, BudgetedMethod)
+    shapes = {name: module.shape for name, module in plan.modules.items()}
+    limits = method.limits_for(shapes | plan.left_out, budget)
+    return {name: limits[name] for name in shapes}
+
+
+def estimate(
+    method: Method, profile: GradientProfile, rule: Rule | None = None
+) -> dict[str, list[float]]:
     """The numbers that the method's rule reads, of every module of a profile.
+
+    Args:
+        method: What to read.
+        profile: What was measured.
+        rule: Of a run; default: the method's own.
 
     Raises:
         PlanError: The profile lacks the statistic, or the method has no ranks that could move.
     """
-    rule = rule_of(method)
+    rule = rule or rule_of(method)
     if rule.kind == "water-fill":
         longest = rule.bounds[1]
         return {name: values[:longest].tolist() for name, values in energies_of(profile).items()}

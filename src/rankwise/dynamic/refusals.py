@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -35,8 +35,14 @@ def check_trainer(args: TrainingArguments) -> None:
     """Refuse a Trainer that shards parameters or keeps their optimizer state elsewhere.
 
     Raises:
-        DynamicError: It uses DeepSpeed or FSDP.
+        DynamicError: It uses DeepSpeed, FSDP or `nn.DataParallel`.
     """
+    if args.n_gpu > 1:
+        raise DynamicError(
+            f"the Trainer splits batches over {args.n_gpu} GPUs by nn.DataParallel, which moves "
+            f"activations between them; start it with torchrun --nproc-per-node={args.n_gpu}, or "
+            "set CUDA_VISIBLE_DEVICES to one GPU."
+        )
     plugin: Any = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
         raise DynamicError(
@@ -91,6 +97,24 @@ def plain_optimizer(
                 f"after any wrapper that replaces them; with FSDP or DeepSpeed, {_REMEDY}."
             )
     return inner
+
+
+class LossScaler(Protocol):
+    """What multiplies the loss before its backward pass, as `torch.amp.GradScaler` does."""
+
+    def get_scale(self) -> float:
+        """The factor of the next backward pass."""
+
+
+def scaler_of(optimizer: HasState) -> LossScaler | None:
+    """The loss scaler that a wrapper around the optimizer brings, as accelerate's does."""
+    inner: Any = optimizer
+    while hasattr(inner, "optimizer"):
+        scaler: LossScaler | None = getattr(inner, "scaler", None)
+        if scaler is not None:
+            return scaler
+        inner = inner.optimizer
+    return None
 
 
 def _sharder(parameter: nn.Parameter) -> str | None:

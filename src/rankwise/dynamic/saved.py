@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rankwise.dynamic.controller import ControllerState
 from rankwise.dynamic.events import RankEvent
+from rankwise.errors import DynamicError
 from rankwise.files import parse_json
 from rankwise.provenance import DataFingerprint
 
@@ -39,6 +40,35 @@ class SavedRanks:
     events: list[RankEvent]
     window: str | None = None
     schema_version: int = STATE_VERSION
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings than the run was started with.
+
+        Raises:
+            DynamicError: Names what differs.
+        """
+        kept = self.settings
+        if isinstance(plan := kept.get("plan"), dict):
+            kept = {**kept, "plan": start_of(plan)}  # earlier versions kept all of it
+        for key, value in json.loads(json.dumps(settings)).items():
+            if kept.get(key) != value:
+                raise DynamicError(
+                    f"the checkpoint was made with another {key}: {kept.get(key)!r}, now "
+                    f"{value!r}. Resume with the settings of the run, or start a new one."
+                )
+
+
+def start_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan, as plain values, decides where ranks start.
+
+    When and on what it was measured does not.
+    """
+    kept = {key: plan.get(key) for key in ("adapter", "r_ref", "alpha", "budget")}
+    modules = plan.get("modules") or {}
+    sides = ("d_in", "d_out", "rank")
+    return kept | {
+        "modules": {name: {side: m.get(side) for side in sides} for name, m in modules.items()}
+    }
 
 
 def digest(arrays: Mapping[str, Tensor]) -> str | None:

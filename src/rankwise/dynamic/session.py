@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,10 +32,16 @@ from rankwise.dynamic.controller import (
     RankChange,
     RankController,
 )
-from rankwise.dynamic.estimates import default_method, estimate, rule_of
+from rankwise.dynamic.estimates import default_method, estimate, limits_of, rule_of
 from rankwise.dynamic.events import RankEvent, RankMove, reason
-from rankwise.dynamic.refusals import check_mode, check_parameters, plain_optimizer
-from rankwise.dynamic.saved import SavedRanks, digest
+from rankwise.dynamic.refusals import (
+    LossScaler,
+    check_mode,
+    check_parameters,
+    plain_optimizer,
+    scaler_of,
+)
+from rankwise.dynamic.saved import SavedRanks, digest, start_of
 from rankwise.dynamic.window import Window
 from rankwise.errors import DynamicError, PlanError, nearest
 from rankwise.methods import LoraGid, Method
@@ -102,7 +108,11 @@ class DynamicRanks:
         self._start = plan
         shapes = {name: module.shape for name, module in plan.modules.items()}
         budget = plan.parameters if plan.budget is None else plan.budget
-        self.controller = RankController(rule_of(self.method), shapes, budget, self.options)
+        rule = rule_of(self.method)
+        limits = limits_of(self.method, plan, budget)
+        least, most = zip(*limits.values(), strict=True)
+        rule = replace(rule, bounds=(min(least), max(most)))
+        self.controller = RankController(rule, shapes, budget, self.options, limits)
         self.state = self.controller.start(plan)
         self.events: list[RankEvent] = []
         self.steps = 0
@@ -110,6 +120,7 @@ class DynamicRanks:
         self._seen = 0
         self._batches_since_step = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._scaler: LossScaler | None = None
         self._hook: RemovableHandle | None = None
         self._allocate(self.state.ranks)
         if optimizer is not None:
@@ -126,11 +137,16 @@ class DynamicRanks:
         asked = self.options.window
         return min(self.options.interval, self.method.profile_batches) if asked is None else asked
 
-    def watch(self, optimizer: HasState) -> None:
+    def watch(self, optimizer: HasState, scaler: LossScaler | None = None) -> None:
         """Follow this optimizer's steps and state.
 
         A step that a loss scaler skips is no step, and moves no average. Called again, as after
         `accelerator.prepare`, it follows the new optimizer alone, and gives up a batch under way.
+
+        Args:
+            optimizer: Of the adapters.
+            scaler: The `torch.amp.GradScaler` of a plain loop, so that gradients are measured
+                without its scale; accelerate's optimizers bring theirs.
 
         Raises:
             DynamicError: It is no optimizer, or does not hold the adapter's parameters whole.
@@ -138,6 +154,7 @@ class DynamicRanks:
         factors = lora_factors(self.model, self.adapter)
         check_parameters(factors)
         self._optimizer = plain_optimizer(optimizer, factors)
+        self._scaler = scaler or scaler_of(optimizer)
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._optimizer.register_step_post_hook(self._on_optimizer_step)
@@ -158,7 +175,7 @@ class DynamicRanks:
         """A forward pass of a training batch is about to start."""
         self._batches_since_step += 1
         if self.options.is_measured(self.steps + 1, self.window_steps):
-            self.window.begin_batch()
+            self.window.begin_batch(1.0 if self._scaler is None else self._scaler.get_scale())
 
     def end_batch(self) -> None:
         """Its backward pass is over."""
@@ -238,13 +255,7 @@ class DynamicRanks:
                 "the checkpoint was made while gradients were measured, and these arrays are not "
                 "that window's; resume from another checkpoint."
             )
-        mine = json.loads(json.dumps(self._settings()))
-        for key, value in mine.items():
-            if saved.settings.get(key) != value:
-                raise DynamicError(
-                    f"the checkpoint was made with another {key}: {saved.settings.get(key)!r}, now "
-                    f"{value!r}. Resume with the settings of the run, or start a new one."
-                )
+        saved.check_settings(self._settings())
         self.state = self.controller.in_order(saved.controller)
         self.events = list(saved.events)
         self.steps = self._seen = saved.steps
@@ -312,7 +323,7 @@ class DynamicRanks:
     def _decide(self, profile: GradientProfile) -> tuple[list[RankMove], int]:
         before = self.state.averages
         decision = workers.of_the_first(
-            self.controller.decide(self.state, estimate(self.method, profile))
+            self.controller.decide(self.state, estimate(self.method, profile, self.controller.rule))
         )
         kept = [
             RankMove(name, self.state.ranks[name], self.state.ranks[name], f"kept: {why}")
@@ -383,5 +394,5 @@ class DynamicRanks:
             "options": asdict(self.options),
             "mode": self.mode,
             "adapter": self.adapter,
-            "plan": asdict(self._start),
+            "plan": start_of(asdict(self._start)),
         }

@@ -11,7 +11,6 @@ from rankwise.budgets import parse_budget
 from rankwise.errors import PlanError
 from rankwise.methods.base import (
     Method,
-    caps_of,
     check_positive_int,
     costs_of,
     is_whole,
@@ -19,6 +18,7 @@ from rankwise.methods.base import (
 )
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
+from rankwise.targets import LinearShape
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,25 @@ class BudgetedMethod(Method):
         return parse_budget(self.budget).parameters(costs, profile.provenance.model_parameters)
 
     def _limits(self, profile: GradientProfile) -> Limits:
-        """Bounds, lowered to each module's dimensions, boxed and fixed as asked for."""
-        caps, total = caps_of(profile), sum(costs_of(profile).values())
-        limits = rank_limits(caps, *self._bounds_at(max(1, self._parameters(profile) // total)))
+        shapes = {name: module.shape for name, module in profile.modules.items()}
+        return self.limits_for(shapes, self._parameters(profile))
+
+    def limits_for(self, shapes: Mapping[str, LinearShape], budget: int) -> Limits:
+        """Bounds, lowered to each module's dimensions, boxed and fixed as asked for.
+
+        Args:
+            shapes: Of every module that was looked at.
+            budget: Trainable parameters; the LoRA rank that they pay for sets the default bounds,
+                or `r` where no budget was given.
+
+        Raises:
+            PlanError: `fixed` or `around` names another module.
+        """
+        caps = {name: shape.max_rank for name, shape in shapes.items()}
+        r = self.r
+        if self.budget is not None and self.budget not in self.budget_words:
+            r = max(1, budget // sum(shape.rank_cost for shape in shapes.values()))
+        limits = rank_limits(caps, *self._bounds_at(r))
         if self.around is not None:
             plan = self.around if isinstance(self.around, RankPlan) else RankPlan.load(self.around)
             limits = box_limits(limits, ranks_of(plan), self.delta)
