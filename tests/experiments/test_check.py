@@ -160,7 +160,10 @@ def test_a_record_of_other_data_is_not_checked(
     record = board.record(cell)
     assert record is not None
     monkeypatch.setattr(board, "record", lambda _: replace(record, data_fingerprint="other"))
-    with pytest.raises(ConfigError, match="the task's data are not those of its record"):
+    with pytest.raises(ConfigError, match="the task's data changed since its record"):
+        check_cell(board, name)
+    monkeypatch.setattr(board, "record", lambda _: replace(record, model_fingerprint="other"))
+    with pytest.raises(ConfigError, match="the task's base model changed since its record"):
         check_cell(board, name)
 
 

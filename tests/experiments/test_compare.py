@@ -17,7 +17,7 @@ from rankwise.experiments.dry_run import dry_run
 from rankwise.experiments.result_tables import markdown, save_results, terminal_table
 from rankwise.experiments.results import make_results
 from tiny_experiment import write_experiment
-from tiny_folder import write_rows
+from tiny_folder import save_tiny_llama, write_rows
 
 
 def _run(document: dict[str, Any]) -> Board:
@@ -326,8 +326,42 @@ def test_changed_data_stop_the_command_before_the_first_cell(
     rows = [{"question": f"another {i}", "answer": f"text {i}"} for i in range(30)]
     write_rows(tmp_path / "train.jsonl", rows)
     monkeypatch.setattr(compare_module, "run_cell", None)
-    with pytest.raises(ConfigError, match="task lines: its data are not those that its finished"):
+    with pytest.raises(ConfigError, match="task lines: its data changed since its finished"):
         _run(document | {"seeds": [0, 1]})
+
+
+def test_a_changed_base_stops_the_command_before_the_next_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = write_experiment(tmp_path, methods=["lora"], seeds=[0])
+    _run(document)
+    save_tiny_llama(Path(document["model"]), seed=7)
+    monkeypatch.setattr(compare_module, "run_cell", None)
+    with pytest.raises(ConfigError, match="task lines: its base model changed since its finished"):
+        _run(document | {"seeds": [0, 1]})
+
+
+def test_a_failure_of_an_earlier_call_is_tried_again_once_its_search_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the search is over, the call does not know the cell that failed."""
+    document = write_experiment(tmp_path, methods=["lora"], seeds=[0], learning_rates=[1e-3, 1e-2])
+    real = compare_module.run_cell
+
+    def broken(cell: Any, *arguments: Any) -> CellRecord:
+        if cell.phase == "final":
+            raise RuntimeError("out of luck")
+        return real(cell, *arguments)
+
+    monkeypatch.setattr(compare_module, "run_cell", broken)
+    first = _run(document)
+    monkeypatch.setattr(compare_module, "run_cell", real)
+    assert len(list(first.folder.glob("*.failed.json"))) == 1
+    search = first.search(first.groups[0])[0]
+    first.path(search).unlink()
+    board = _run(document)
+    assert len(board.records()) == board.total() == 3
+    assert not list(first.folder.glob("*.failed.json"))
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch() -> None:
 
 def test_alpha_over_r_scales_every_update() -> None:
     for scale in (1.0, 4.0):
-        for name in ("lora", "ralora", "lr-lora", "melora", "water-fill"):
+        for name in ("lora", "ralora", "lr-lora", "melora", "water-fill", "gralora"):
             own = {"scaling": "paper"} if name == "ralora" else {}
             adapted, _ = _adapt({"name": name, "alpha_over_r": scale} | own)
             scales = {

@@ -69,6 +69,10 @@ def test_a_task_may_have_settings_of_its_own() -> None:
         ({"methods": [{"name": "gard", "dynamic": {}}]}, "name the method gard-dynamic"),
         ({"methods": [{"name": "lora", "learning_rate": -1.0}]}, "must be a positive number"),
         ({"methods": [{"name": "ia3", "alpha_over_r": 1.0}]}, "it has no alpha"),
+        (
+            {"methods": [{"name": "full", "alpha_over_r": 1.0}]},
+            "full.alpha_over_r: it has no alpha",
+        ),
         ({"methods": [{"name": "lora", "label": "--"}]}, "must hold letters or digits"),
         ({"seeds": [0, 0]}, "holds a value twice"),
         ({"seeds": [-1]}, r"seeds.0.*greater than or equal to 0"),

@@ -87,6 +87,13 @@ def test_equal_methods_have_no_p():
     assert found.wins == 0
 
 
+def test_differences_that_are_equal_but_for_rounding_have_no_p():
+    cells = {"lora": {"a": 0.7, "b": 0.5}, "ours": {"a": 0.8, "b": 0.6}}
+    assert cells["ours"]["a"] - cells["lora"]["a"] != cells["ours"]["b"] - cells["lora"]["b"]
+    [found] = compare_with("lora", cells, lower_is_better=False)
+    assert math.isnan(found.t_p) and math.isnan(found.holm_p)
+
+
 def test_only_shared_cells_count():
     part = {"a": 0.5, "b": 1.0, "z": -100.0}
     [found] = compare_with("lora", {"lora": BASE, "ours": part}, lower_is_better=True)

@@ -15,7 +15,10 @@ from rankwise.errors import RankwiseError
 
 __all__ = ["main"]
 
-_EXTRAS = {"datasets": "train", "trl": "train", "accelerate": "train"}
+_EXTRAS = {
+    **dict.fromkeys(("datasets", "trl", "accelerate"), "train"),
+    **dict.fromkeys(("scipy", "filelock", "PIL"), "compare"),
+}
 """Packages that commands import, and the extra that brings them."""
 
 # in the order in which the help lists them

@@ -18,6 +18,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.cells import Cell
 from rankwise.experiments.config import TaskSpec
 from rankwise.experiments.sizing import Batch
@@ -83,7 +84,7 @@ class Bench:
         if task.name not in self._data:
             started = time.perf_counter()
             data = task.task.load()
-            fingerprint = _fingerprint(data)
+            fingerprint = _fingerprint(data, task.task.definitions())
             data = replace(data, validation=_by_length(data.validation), test=_by_length(data.test))
             self._data[task.name] = Loaded(data, fingerprint, time.perf_counter() - started)
         return self._data[task.name]
@@ -103,6 +104,19 @@ class Bench:
             seconds = time.perf_counter() - started
             self._base = key, Base(model, targets, name, fingerprint, seconds)
         return self._base[1]
+
+    def forget_base(self) -> None:
+        """Give up the memory of the last base model."""
+        self._base = None
+
+    def changed_since(self, records: Sequence[CellRecord], task: TaskSpec) -> Iterator[str]:
+        """`"data"` and `"base model"`, where they are not those of the task's records."""
+        data, models = ({getattr(r, f"{part}_fingerprint") for r in records}
+                        for part in ("data", "model"))  # fmt: skip
+        if data - {self.data(task).fingerprint}:
+            yield "data"
+        if models and models != {self.base(task, records[0].seed).fingerprint}:
+            yield "base model"
 
     def first_batches(self, task: TaskSpec, seed: int, count: int) -> list[Batch]:
         """The first training batches of a seed, of the size that profiles are made of."""
@@ -212,8 +226,10 @@ def _length(row: Row) -> int:
     return len(row.get("input_ids", ()))
 
 
-def _fingerprint(data: TaskData) -> str:
+def _fingerprint(data: TaskData, definitions: Sequence[Path]) -> str:
     digest = hashlib.sha256()
+    for path in definitions:
+        digest.update(path.name.encode() + path.read_bytes())
     for part in (data.train, data.validation, data.test):
         digest.update(f"{len(part)} rows".encode())
         for row in part:

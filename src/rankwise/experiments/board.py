@@ -34,10 +34,17 @@ class Choice:
 
 
 class Board:
-    """The state of an experiment, as far as its records tell."""
+    """The state of an experiment, as far as its records tell.
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    Args:
+        config: The experiment.
+        since: Time stamp of files, in nanoseconds; failures before it are of an earlier call, and
+            are tried again.
+    """
+
+    def __init__(self, config: ExperimentConfig, since: int = 0) -> None:
         self.config = config
+        self.since = since
         self.folder = config.runs_folder / RECORDS
         self.groups = make_groups(config)
         self._records: dict[str, CellRecord] = {}
@@ -64,8 +71,12 @@ class Board:
 
     def failure(self, cell: Cell) -> FailureRecord | None:
         """Why the cell failed, if it did and is not finished."""
+        return FailureRecord.load(self.failure_path(cell)) if self.has_failed(cell) else None
+
+    def has_failed(self, cell: Cell) -> bool:
+        """Whether the cell failed in this call."""
         path = self.failure_path(cell)
-        return FailureRecord.load(path) if path.is_file() else None
+        return path.is_file() and path.stat().st_mtime_ns >= self.since
 
     def rates(self, group: Group) -> list[float]:
         """The learning rates of the search, ascending: the grid, and what was needed around it.

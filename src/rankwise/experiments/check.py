@@ -75,7 +75,7 @@ def check_cell(board: Board, name: str) -> Check:
         name: Of the cell, with or without its hash.
 
     Raises:
-        ConfigError: There is no such cell, it has no record, or that is of other data.
+        ConfigError: There is no such cell, it has no record, or its data or model changed.
     """
     cell = board.find(name)
     if cell is None:
@@ -87,8 +87,10 @@ def check_cell(board: Board, name: str) -> Check:
         raise ConfigError(f"--check {name!r}: it has no record yet; run the experiment first.")
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch, _threads_of(recorded):
         bench = Bench(Path(scratch), choose_device(board.config.device))
-        if bench.data(cell.task).fingerprint != recorded.data_fingerprint:
-            raise ConfigError(f"--check {name!r}: the task's data are not those of its record.")
+        for changed in bench.changed_since([recorded], cell.task):
+            raise ConfigError(
+                f"--check {name!r}: the task's {changed} changed since its record was made."
+            )
         found = run_cell(cell, bench)
     group = next(g for g in board.groups if cell in (*board.search(g), *board.finals(g)))
     values = [

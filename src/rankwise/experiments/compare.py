@@ -85,7 +85,9 @@ def run_experiment(
     with write_errors_explained(config.runs_folder):
         board.folder.mkdir(parents=True, exist_ok=True)
         (config.runs_folder / LOCKS).mkdir(exist_ok=True)
-    write_text(Path(config.output) / EXPERIMENT_FILE, config.model_dump_json(indent=1) + "\n")
+    started = Path(config.output) / EXPERIMENT_FILE
+    write_text(started, config.model_dump_json(indent=1) + "\n")
+    board.since = started.stat().st_mtime_ns
     for cell in list(board.cells()):
         board.failure_path(cell).unlink(missing_ok=True)  # they are tried again
     watch = _Watch(board, notify, show)
@@ -94,7 +96,7 @@ def run_experiment(
             torch.set_num_threads(config.threads)
         work(board, bench, watch.look)
     else:
-        _run_workers(config, bench.device, watch)
+        _run_workers(board, bench.device, watch)
     watch.look(last=True)
     return board
 
@@ -103,7 +105,7 @@ def _find_sources(board: Board, bench: Bench) -> None:
     """Load the data, and look for the model, of every task that has cells to run.
 
     Raises:
-        ConfigError: A model is not there, or the data are not those of the task's records.
+        ConfigError: A model is not there, or model or data are not those of the task's records.
         DataError: A task's data cannot be read.
     """
     tasks = {g.task.name: g.task for g in board.groups if not _is_finished(board, g)}
@@ -111,13 +113,14 @@ def _find_sources(board: Board, bench: Bench) -> None:
         read_config(model)
     records = board.records() if tasks else []
     for task in tasks.values():
-        found = bench.data(task).fingerprint
-        if any(r.data_fingerprint != found for r in records if r.task == task.name):
+        bench.data(task)
+        for changed in bench.changed_since([r for r in records if r.task == task.name], task):
             raise ConfigError(
-                f"task {task.name}: its data are not those that its finished records were made "
-                "with, although the settings are the same; restore what changed, or choose another "
+                f"task {task.name}: its {changed} changed since its finished records were made, "
+                "although the settings are the same; restore what was there, or choose another "
                 "output."
             )
+    bench.forget_base()
 
 
 def _is_finished(board: Board, group: Group) -> bool:
@@ -167,7 +170,7 @@ def _claim(board: Board) -> tuple[tuple[Cell, FileLock] | None, bool]:
 
 def _is_over(board: Board, cell: Cell) -> bool:
     """Whether the cell is finished or has failed."""
-    return board.path(cell).is_file() or board.failure_path(cell).is_file()
+    return board.path(cell).is_file() or board.has_failed(cell)
 
 
 def _run_and_record(board: Board, cell: Cell, bench: Bench) -> None:
@@ -186,11 +189,14 @@ def _run_and_record(board: Board, cell: Cell, bench: Bench) -> None:
         ).save(failed)
 
 
-def _run_workers(config: ExperimentConfig, device: torch.device, watch: _Watch) -> None:
+def _run_workers(board: Board, device: torch.device, watch: _Watch) -> None:
+    config = board.config
     context = multiprocessing.get_context("spawn")
-    arguments = (config.model_dump(mode="json"), str(device))
+    arguments = (config.model_dump(mode="json"), str(device), board.since)
     processes: list[SpawnProcess] = [
-        context.Process(target=_worker, args=arguments, daemon=True) for _ in range(config.workers)
+        # not as daemons, which may start no process: lm-eval runs generated code in one
+        context.Process(target=_worker, args=arguments)
+        for _ in range(config.workers)
     ]
     for process in processes:
         process.start()
@@ -211,10 +217,10 @@ def _run_workers(config: ExperimentConfig, device: torch.device, watch: _Watch) 
             )
 
 
-def _worker(document: dict[str, Any], device: str) -> None:
+def _worker(document: dict[str, Any], device: str, since: int) -> None:
     config = ExperimentConfig.model_validate(document)
     torch.set_num_threads(config.threads or 1)
-    work(Board(config), Bench(config.runs_folder, torch.device(device)))
+    work(Board(config, since), Bench(config.runs_folder, torch.device(device)))
 
 
 class _Watch:
@@ -284,7 +290,7 @@ class _Watch:
         if record.diverged_at is not None:
             outcome = f"diverged at step {record.diverged_at}"
         else:
-            outcome = f"{record.metric} {record.value:.4f}"
+            outcome = f"{record.metric} " + ("?" if record.value is None else f"{record.value:.4f}")
         size = "" if record.size is None else f", {record.size}"
         self.notify(f"{self.progress()}: {cell.name}: {outcome}{size} ({seconds:.0f} s)")
 

@@ -176,7 +176,7 @@ def _builds(
         budget,
         [],
         task.training.steps,
-        keep=task.task.keep,
+        keep=task.task.kept_in(model),
         task_type=task.task.task_type,
     )
     with torch.device("meta"):

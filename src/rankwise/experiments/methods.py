@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from peft import LoraConfig
 from torch import nn
 
 from rankwise.adapters import LrLoraConfig, RaLoraConfig
@@ -115,6 +114,8 @@ def _contestant(name: str, options: dict[str, Any], scale: float) -> Contestant:
         return Unavailable(NOT_AVAILABLE[name])
     if name in ("full", "zero-shot", "head-only"):
         _refuse_options(name, options)
+        if scale != 2.0:
+            raise ConfigError(f"{name}.alpha_over_r: it has no alpha.")
         return Whole(name)
     if name in BASELINES:
         return _sized(BASELINES[name], options, scale)
@@ -135,7 +136,7 @@ def _sized(baseline: Baseline, options: dict[str, Any], scale: float) -> Sized:
         if key not in known:
             raise ConfigError(f"{baseline.name}.{key}: no such option; {nearest(key, known)}")
     if scale != 2.0:
-        if not isinstance(config, LoraConfig):
+        if not hasattr(config, "lora_alpha") and not hasattr(config, "alpha"):
             raise ConfigError(f"{baseline.name}.alpha_over_r: it has no alpha.")
         baseline = replace(baseline, config=_rescaled(baseline, scale / 2.0))
     return Sized(baseline, options)
@@ -144,8 +145,10 @@ def _sized(baseline: Baseline, options: dict[str, Any], scale: float) -> Sized:
 def _rescaled(baseline: Baseline, factor: float) -> Any:
     def config(job: Job, size: Size) -> Any:
         made: Any = baseline.config(job, size)
-        made.lora_alpha *= factor
-        made.alpha_pattern = {k: value * factor for k, value in made.alpha_pattern.items()}
+        name = "lora_alpha" if hasattr(made, "lora_alpha") else "alpha"  # of GraLoRA and ours
+        setattr(made, name, getattr(made, name) * factor)
+        if patterns := getattr(made, "alpha_pattern", None):
+            made.alpha_pattern = {key: value * factor for key, value in patterns.items()}
         return made
 
     return config

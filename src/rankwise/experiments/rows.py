@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -31,7 +31,8 @@ class Row:
         matched: Whether all seeds lie within 2 % of the budget; None where no budget applies.
         off: Least and largest part of the budget by which a seed misses it; None likewise.
         trainable: What the optimizer updates, heads not counted.
-        ranks: Over the modules of all seeds, or whatever unit the method's size has.
+        ranks: Over all modules that a method adapts and all seeds, 0 where this one leaves one out;
+            or of whatever unit the method's size has.
         blocks: Likewise, where a profile decided them.
         learning_rate: Chosen or fixed; None while the search goes on, or where nothing is trained.
         at_edge: Whether the chosen rate is the grid's smallest or largest.
@@ -92,6 +93,10 @@ class Row:
 def task_rows(board: Board, task: TaskSpec) -> list[Row]:
     """Every method at every budget; one that no budget changes stands at each."""
     rows = []
+    modules: dict[int | None, set[str]] = {}
+    for record in board.records():
+        if record.task == task.name:
+            modules.setdefault(record.budget_rank, set()).update(record.ranks)
     groups = [group for group in board.groups if group.task.name == task.name]
     for rank in task.budgets:
         for method in board.config.methods_of(task):
@@ -112,11 +117,11 @@ def task_rows(board: Board, task: TaskSpec) -> list[Row]:
             group = next(
                 g for g in groups if g.method.label == method.label and g.rank in (rank, None)
             )
-            rows.append(_filled(empty, board, group))
+            rows.append(_filled(empty, board, group, modules.get(rank, set())))
     return rows
 
 
-def _filled(row: Row, board: Board, group: Group) -> Row:
+def _filled(row: Row, board: Board, group: Group, modules: Set[str]) -> Row:
     choice = board.choice(group)
     finals = board.finals(group)
     failed = {
@@ -134,7 +139,7 @@ def _filled(row: Row, board: Board, group: Group) -> Row:
         failed=failed,
         status=_status(choice, group, records, failed),
     )
-    return _measured(row, records) if records else row
+    return _measured(row, records, modules) if records else row
 
 
 def _searched_at(group: Group) -> str:
@@ -156,8 +161,8 @@ def _status(
     return "failed" if failed else "running"
 
 
-def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
-    """What the records say of cost and outcome."""
+def _measured(row: Row, records: Sequence[CellRecord], modules: Set[str]) -> Row:
+    """What the records say of cost and outcome; `modules` are all that a method adapts."""
     sizes = [record.size for record in records if record.size is not None]
     off = [size.parameters / size.budget - 1 for size in sizes]
     values = {str(r.seed): r.value for r in records if r.value is not None}
@@ -175,18 +180,23 @@ def _measured(row: Row, records: Sequence[CellRecord]) -> Row:
         matched=all(size.matched for size in sizes) if sizes else None,
         off=(min(off), max(off)) if off else None,
         trainable=max(record.trainable_parameters for record in records),
-        ranks=_over_modules(record.ranks for record in records),
+        ranks=_over_modules(_with_empty(record.ranks, modules) for record in records),
         blocks=_over_modules(record.blocks for record in records),
         values=values,
         others=others,
         summary=summarise(list(values.values())) if values else None,
         curve=_curve(row.search_metric, records),
-        diverged=[record.seed for record in records if record.value is None],
+        diverged=[record.seed for record in records if record.diverged_at is not None],
         seconds={part: round(fmean(r.seconds[part] for r in records), 3) for part in parts},
         peak_memory_mib=max(peaks, default=None),
         tokens=records[0].tokens,
         steps=records[0].steps,
     )
+
+
+def _with_empty(ranks: Mapping[str, int], modules: Set[str]) -> Mapping[str, int]:
+    """The ranks with the modules that the method left out, which a record does not name, at 0."""
+    return dict.fromkeys(modules, 0) | dict(ranks) if ranks else ranks
 
 
 def _over_modules(found: Iterable[Mapping[str, int]]) -> Spread | None:

@@ -156,7 +156,7 @@ def _adapt(cell: Cell, bench: Bench, profile: GradientProfile | None) -> tuple[A
         (1 if cell.rank is None else cell.rank) * cost,
         _Lazy(lambda: bench.first_batches(cell.task, cell.seed, batches)),
         cell.steps,
-        keep=task.keep,
+        keep=task.kept_in(base.model),
         task_type=task.task_type,
         seed=cell.seed,
     )

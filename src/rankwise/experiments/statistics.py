@@ -152,9 +152,14 @@ def mean_ranks(
 
 
 def _t_test(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    if len(differences) < 2 or float(np.ptp(differences)) == 0:
+    if len(differences) < 2 or _are_equal(differences):
         return math.nan
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def _are_equal(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> bool:
+    """But for the rounding of their operands, which are no larger than about 1."""
+    return bool(np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())))
 
 
 def _wilcoxon(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:

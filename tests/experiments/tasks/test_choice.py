@@ -39,6 +39,24 @@ def _choices(path, count):
     return write_rows(path, rows)
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer", "choices", "expected"),
+    [
+        ("the correct answer is a", "a", ["a", "b"], ["the correct answer is b"]),
+        ("the true answer is true", "true", ["true", "false"], ["the true answer is false"]),
+        ("not a10 but a1.", "a1", ["a1", "a2"], ["not a10 but a2."]),
+        (r"it is \1", r"\1", [r"\1", r"\2"], [r"it is \2"]),
+    ],
+)  # fmt: skip
+def test_other_choices_stand_where_the_answer_stood(completion, answer, choices, expected):
+    assert choice.completions_of(completion, answer, choices) == [completion, *expected]
+
+
+def test_a_completion_without_its_answer_is_refused():
+    with pytest.raises(DataError, match="does not mention its answer 'b'"):
+        choice.completions_of("the correct answer is B", "b", ["a", "b"])
+
+
 class TestChoice:
     @pytest.fixture
     def task(self, folder, tmp_path):

@@ -41,6 +41,30 @@ class TestClassification:
         assert found["accuracy"] == pytest.approx(float(hits.float().mean()))
         assert found["loss"] == pytest.approx(float(output.loss))
 
+    @pytest.mark.parametrize(
+        ("labels", "metric", "refused"),
+        [(1, "pearson", "accuracy"), (2, "accuracy", "pearson"), (3, "accuracy", "f1")],
+    )
+    def test_only_what_is_measured_can_count(self, encoder, tmp_path, labels, metric, refused):
+        rows = [{"sentence": f"it is {i}", "label": i % 3 % labels} for i in range(12)]
+        path = str(write_rows(tmp_path / "rows.jsonl", rows))
+        task = ClassificationTask(
+            model=encoder, train=path, test=path, labels=labels, validation_rows=3
+        )
+        assert task.metric == metric
+        data = task.load()
+        found = task.evaluate(task.load_model(), data, data.test)
+        assert set(found) == set(task.measured) == set(task.validation_metrics)
+        with pytest.raises(DataError, match=f"metric='{refused}'"):
+            ClassificationTask(model=encoder, train=path, test=path, labels=labels, metric=refused)
+
+    def test_the_head_is_trained_whatever_it_is_called(self, encoder, folder, tmp_path):
+        for model, head in ((encoder, "classifier"), (str(folder), "score")):
+            task = ClassificationTask(model=model, train="a", test="b")
+            assert task.kept_in(task.load_model()) == (head,)
+        with pytest.raises(DataError, match="Linear has no head named classifier or score"):
+            task.kept_in(torch.nn.Linear(2, 2))
+
     def test_a_broken_line_is_named(self, encoder, tmp_path):
         path = tmp_path / "rows.tsv"
         path.write_text("fine\t1\nbroken\n")

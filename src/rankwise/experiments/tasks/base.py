@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,10 +71,10 @@ class Task(ABC):
     """
 
     metrics: ClassVar[tuple[str, ...]]
-    """What `evaluate` measures."""
+    """What `evaluate` can measure."""
     task_type: ClassVar[str | None] = None
     keep: ClassVar[tuple[str, ...]] = ()
-    """Modules beside the adapters that are trained whole."""
+    """What modules beside the adapters that are trained whole may be called."""
 
     model: str
     train: str
@@ -90,9 +91,9 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         if not self.metric:
-            object.__setattr__(self, "metric", self.metrics[0])
-        if self.metric not in self.metrics:
-            raise DataError(f"metric={self.metric!r}: {nearest(self.metric, self.metrics)}")
+            object.__setattr__(self, "metric", self.measured[0])
+        if self.metric not in self.measured:
+            raise DataError(f"metric={self.metric!r}: {nearest(self.metric, self.measured)}")
         self._check_counts()
 
     def _check_counts(self) -> None:
@@ -100,6 +101,11 @@ class Task(ABC):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name}={value} must be at least 1.")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of `metrics` that it measures with these settings."""
+        return self.metrics
 
     @property
     def lower_is_better(self) -> bool:
@@ -113,8 +119,26 @@ class Task(ABC):
 
     @property
     def validation_metrics(self) -> tuple[str, ...]:
-        """What learning rates may be chosen by, as far as `evaluate` measures it."""
-        return self.metrics
+        """What learning rates may be chosen by."""
+        return self.measured
+
+    def kept_in(self, model: nn.Module) -> tuple[str, ...]:
+        """Those of `keep` that the model has.
+
+        Raises:
+            DataError: It has none of them.
+        """
+        found = tuple(name for name in self.keep if hasattr(model, name))
+        if self.keep and not found:
+            raise DataError(
+                f"model={self.model!r}: {type(model).__name__} has no head named "
+                f"{' or '.join(self.keep)}, so it is not known what to train beside the adapters."
+            )
+        return found
+
+    def definitions(self) -> Sequence[Path]:
+        """Files that decide what is measured, beside the rows."""
+        return ()
 
     @abstractmethod
     def load_model(self) -> PreTrainedModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -79,6 +81,12 @@ class BenchmarkTask(CompletionTask):
     def search_metric(self) -> str:
         """The held-out loss."""
         return "loss"
+
+    def definitions(self) -> Sequence[Path]:
+        """What `include_path` holds."""
+        if not self.include_path:
+            return ()
+        return sorted(path for path in Path(self.include_path).rglob("*") if path.is_file())
 
     def load(self) -> TaskData:
         """Read, split and encode, and see whether lm-eval can run the benchmarks.

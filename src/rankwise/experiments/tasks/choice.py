@@ -83,7 +83,7 @@ class ChoiceTask(CompletionTask):
             prompt, texts = question_and_options(prompt, choices)
         else:
             completion = text_of(row, self.completion_column)
-            texts = [completion.replace(answer, choice) for choice in choices]
+            texts = completions_of(completion, answer, choices)
         candidates = self._candidates(prompt + "\n", texts, processor)
         right = choices.index(answer)
         return {**candidates[right], "candidates": candidates, "answer": right}
@@ -112,6 +112,23 @@ class ChoiceTask(CompletionTask):
             )
             for text, row in zip(texts, whole, strict=True)
         ]
+
+
+def completions_of(completion: str, answer: str, choices: Sequence[str]) -> list[str]:
+    """The completion with each choice in place of its last mention of the answer.
+
+    Raises:
+        DataError: The completion does not mention the answer as a word of its own.
+    """
+    word = rf"(?<!\w){re.escape(answer)}(?!\w)"
+    mentions = list(re.finditer(word, completion))
+    if not mentions:
+        raise DataError(
+            f"a row's completion {completion!r} does not mention its answer {answer!r}, so that "
+            "no other choice can stand in its place; correct the row, or use answers: texts."
+        )
+    start, end = mentions[-1].span()
+    return [completion[:start] + choice + completion[end:] for choice in choices]
 
 
 @dataclass(frozen=True)

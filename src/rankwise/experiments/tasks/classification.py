@@ -37,12 +37,21 @@ class ClassificationTask(Task):
         "loss",
     )
     task_type = "SEQ_CLS"
-    keep: ClassVar[tuple[str, ...]] = ("classifier",)
+    keep: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     text_column: str = "sentence"
     pair_column: str | None = None
     label_column: str = "label"
     labels: int = 2
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Correlations are of numbers, the others of classes, F1 of two."""
+        unknown = {
+            1: ("accuracy", "matthews", "f1"),
+            2: ("pearson", "spearman"),
+        }.get(self.labels, ("f1", "pearson", "spearman"))
+        return tuple(name for name in self.metrics if name not in unknown)
 
     def load_model(self) -> PreTrainedModel:
         """An encoder with a head of so many outputs."""

@@ -153,6 +153,11 @@ class MathTask(CompletionTask):
         if self.metric == "exact_match" and self.generate == 0:
             raise DataError("generate=0: exact_match needs generated answers; leave generate out.")
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Exact match where answers are generated."""
+        return tuple(m for m in self.metrics if m != "exact_match" or self.generate != 0)
+
     def evaluate(self, model: nn.Module, data: TaskData, rows: Sequence[Row]) -> dict[str, float]:
         """Loss on all rows, and exact match on those that are generated and have a number."""
         found = super().evaluate(model, data, rows)

@@ -46,9 +46,16 @@ class TextToTextTask(Task):
     def __post_init__(self) -> None:
         if not self.words and not self.metric:
             object.__setattr__(self, "metric", "loss")
-        super().__post_init__()
-        if not self.words and self.metric != "loss":
+        if not self.words and self.metric in set(self.metrics) - {"loss"}:
             raise DataError(f"metric={self.metric!r} needs words=, the names of the classes.")
+        super().__post_init__()
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """F1 of two classes; without `words` the loss alone."""
+        if not self.words:
+            return ("loss",)
+        return tuple(name for name in self.metrics if name != "f1" or len(self.words) == 2)
 
     def load_model(self) -> PreTrainedModel:
         """An encoder-decoder."""
