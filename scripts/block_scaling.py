@@ -7,9 +7,10 @@ r"""Which scale block-diagonal updates should have: a sweep that can be stopped 
 A cell is scaling x init_fan_in x learning rate x n x seed x task: uniform n, or each layer's own
 by GID (`rankwise.RaLora`). One JSON line is added for every finished run, with the held-out loss;
 cells that OUT.jsonl already holds are not run again, so the same command continues where it was
-stopped, and a second one with more seeds or steps adds to the file. Held-out sequences are the last
-5 % of the training file: test sets stay out of it. Every line says what model and data it was made
-with; a file of others is refused (lines that do not say it are taken as they are). `--summary`
+stopped, and a second one with more seeds or steps adds to the file. Held-out sequences are a
+shuffled 5 % of the training file, the same every time: test sets stay out of it. Every line says
+what model and data it was made with; a file of others is refused (lines that do not say it are
+taken as they are), and so is `--summary` of one with several sizes or batches. `--summary`
 prints tables instead: losses by learning rate, and each setting against LoRA, paired by seed.
 
 n = 1 has one scaling and one init, which is plain LoRA; it runs once per learning rate and seed.
@@ -285,6 +286,9 @@ def main() -> None:
     options = arguments()
     done = finished(options.out)
     if options.summary:
+        sizes = {(c.r, c.alpha, c.batch_size, c.max_length) for c in done}
+        if len(sizes) > 1:
+            raise SystemExit(f"{options.out}: holds several sizes or batches: {sorted(sizes)}")
         print(summary(done))
         return
     tasks = {task.name: task for task in (Task(t, options.model, options) for t in options.task)}

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import AdamW
+from transformers import T5Config, T5ForConditionalGeneration
 
 from rankwise.errors import ConfigError
 from rankwise.experiments.baselines import (
@@ -160,9 +161,37 @@ def test_what_is_drawn_and_not_trained_follows_the_seed(name):
         model = BASELINES[name].adapt(job).model
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if parameter.requires_grad and "lambda" in key:
+                if parameter.requires_grad and ("lambda" in key or "spectrum" in key):
                     parameter.fill_(0.1)  # otherwise the update is zero
             return model(**job.batches[0]).logits
 
     assert torch.equal(outputs(1), outputs(1))
     assert not torch.equal(outputs(1), outputs(2))
+
+
+@pytest.mark.parametrize("name", ["lora", "fourierft", "randlora", "vera", "gralora"])
+def test_training_starts_from_the_base(name):
+    job = _job()
+    base = job.model(**job.batches[0]).logits.detach()
+    started = BASELINES[name].adapt(job).model.eval()(**job.batches[0]).logits
+    torch.testing.assert_close(started, base, rtol=1e-5, atol=1e-5)
+
+
+def test_randloras_scaling_does_not_follow_its_rank():
+    for budget in (1, 4):
+        job = replace(_job(), budget=_job().budget * budget)
+        config = BASELINES["randlora"].adapt(job).model.peft_config["default"]
+        assert config.randlora_alpha == 20 * config.r
+
+
+@pytest.mark.filterwarnings("ignore:.*(EVA|eva|svd|redistribution).*")
+def test_eva_on_an_encoder_decoder_is_refused():
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    job = replace(_job(), model=model, targets=find_targets(model), task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ConfigError, match=r"eva: .* no encoder-decoders"):
+        BASELINES["eva"].adapt(job)

@@ -235,3 +235,19 @@ def test_the_schedule_rises_and_falls() -> None:
     linear = TrainingSettings(warmup=0.0, scheduler="linear")
     assert [rate_factor(s, 4, linear) for s in range(1, 5)] == [1.0, 0.75, 0.5, 0.25]
     assert evaluation_points(10, 4) == {2, 5, 8, 10}
+
+
+def test_a_random_grid_is_drawn_by_the_seed_of_the_run() -> None:
+    for entry in ({"name": "lr-lora"}, {"name": "gard", "adapter": "lr-lora", "r_min": 0}):
+        seeds = [
+            _adapt(entry | {"grid": "random"}, seed=seed)[0].model.peft_config["default"].grid_seed
+            for seed in (0, 3)
+        ]
+        assert seeds == [0, 3]
+        assert _adapt(entry, seed=3)[0].model.peft_config["default"].grid_seed == 0
+
+
+def test_melora_has_two_blocks_unless_told_otherwise() -> None:
+    for options, blocks in (({}, 2), ({"blocks": 4}, 4)):
+        adapted, _ = _adapt({"name": "melora"} | options)
+        assert adapted.model.peft_config["default"].blocks == blocks

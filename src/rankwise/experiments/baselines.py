@@ -138,15 +138,25 @@ def _vera(job: Job, size: Size) -> PeftConfig:
 
 
 def _randlora(job: Job, size: Size) -> PeftConfig:
-    return RandLoraConfig(r=size.common, projection_prng_key=job.seed, **common_options(job))
+    """Alpha is 20 times the rank of the bases, as PEFT advises; its default is that of rank 32."""
+    rank = size.common
+    return RandLoraConfig(
+        r=rank, randlora_alpha=20 * rank, projection_prng_key=job.seed, **common_options(job)
+    )
 
 
 def _fourierft(job: Job, size: Size) -> PeftConfig:
-    """Scaling 300 as in the RaLoRA paper's comparison."""
-    n = size.common
-    seed = job.seed
+    """Scaling 300 as in the RaLoRA paper's comparison; the spectrum starts at zero.
+
+    PEFT's default, a normal one, is for about 1,000 frequencies. At LoRA's parameters there are
+    ten times as many, and the update that it starts with is as large as the weights.
+    """
     return FourierFTConfig(
-        n_frequency=n, scaling=300.0, random_loc_seed=seed, **common_options(job)
+        n_frequency=size.common,
+        scaling=300.0,
+        init_weights=True,
+        random_loc_seed=job.seed,
+        **common_options(job),
     )
 
 
@@ -181,6 +191,10 @@ def _freeze_a(job: Job, model: PeftModel) -> None:
 
 
 def _initialise_eva(job: Job, model: PeftModel) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            "eva: PEFT masks a decoder's rows by the encoder's tokens; it has no encoder-decoders."
+        )
     batches = [_for_eva(batch) for batch in job.batches]
     config: Any = model.peft_config["default"]
     least = math.ceil(max([config.r, *config.rank_pattern.values()]) * config.eva_config.rho)
@@ -330,7 +344,7 @@ BASELINES: Mapping[str, Baseline] = {
             lambda shape, r: -(-shape.max_rank // r) * (r + shape.max_rank),
             _randlora,
             limit=_unlimited,
-            revision=2,  # as vera
+            revision=3,  # the second had alpha 640 at every rank
         ),
         Baseline(
             "fourierft",
@@ -339,7 +353,7 @@ BASELINES: Mapping[str, Baseline] = {
             _fourierft,
             sizes=(1, 2**17),
             limit=lambda shape: shape.d_in * shape.d_out,
-            revision=2,  # the first chose the same frequencies for every seed
+            revision=3,  # the second started from a random spectrum
         ),
         Baseline("ia3", "Liu et al. 2022", lambda shape, _: shape.d_out, _ia3, sizes=(1, 1)),
     )

@@ -12,7 +12,7 @@ from rankwise.dynamic import DynamicOptions, DynamicRanks
 from rankwise.errors import ConfigError
 from rankwise.experiments.baselines import full_fine_tuning
 from rankwise.experiments.drivers import DynamicDriver
-from rankwise.experiments.ours import function_parameters, lr_lora_optimizer
+from rankwise.experiments.ours import drawn_by, function_parameters, lr_lora_optimizer
 from rankwise.experiments.sizing import Adapted, Baseline, Job, Size
 from rankwise.methods import METHODS, Method
 from rankwise.methods.budgeted import BudgetedMethod
@@ -100,8 +100,9 @@ class Planned(Contestant):
 
     @property
     def revision(self) -> int:
-        """The first let ranks move after the last step too, whose rows were never trained."""
-        return 2 if self.dynamic is not None and not self.early else 1
+        """The first let ranks move after the last step, or drew one random grid for every seed."""
+        moved = self.dynamic is not None and not self.early
+        return 2 if moved or self.adapter_options.get("grid") == "random" else 1
 
     def profile_batches(self) -> int:
         """The method's own number."""
@@ -148,7 +149,7 @@ class Planned(Contestant):
         rank = reference_rank(job.targets, job.budget)
         method = self.method(rank, job.budget - self._extra(len(job.targets)), job.seed)
         plan = method.plan(profile)
-        options: dict[str, Any] = dict(self.adapter_options)
+        options = drawn_by(job, self.adapter_options)
         if job.task_type is not None:
             options["task_type"] = job.task_type
         if job.keep:

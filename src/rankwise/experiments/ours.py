@@ -17,8 +17,8 @@ from rankwise.experiments.baselines import SIZE_OPTIONS, common_options
 from rankwise.experiments.sizing import Baseline, Job, OptimizerFactory, Size, lora_cost
 
 AMPLITUDE_RATIO = "amplitude_ratio"
-MELORA_BLOCKS = 4
-"""Mini adapters of MELoRA; its paper tries 2 to 16."""
+MELORA_BLOCKS = 2
+"""Mini adapters of MELoRA, as in the RaLoRA paper's comparison; its own paper tries 2 to 16."""
 
 
 def lr_lora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) -> Baseline:
@@ -41,7 +41,7 @@ def lr_lora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) ->
             alpha=alpha_over_r * size.common,
             rank_pattern=dict(size.values),
             **common_options(job),
-            **settings,
+            **drawn_by(job, settings),
         )
 
     return Baseline(
@@ -50,9 +50,16 @@ def lr_lora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) ->
         lambda shape, r: r * shape.rank_cost + own,
         config,
         per_module=True,
+        revision=2 if example.grid == "random" else 1,  # the first drew one grid for every seed
         shared=shared,
         optimizer=None if example.basis == "sine" else lr_lora_optimizer(ratio),
     )
+
+
+def drawn_by(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
+    """LR-LoRA's options; a random grid is drawn by the seed of the run."""
+    seed = {"grid_seed": job.seed} if options.get("grid") == "random" else {}
+    return seed | dict(options)
 
 
 def lr_lora_optimizer(amplitude_ratio: float | None = None) -> OptimizerFactory:
@@ -100,7 +107,8 @@ def melora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) -> 
             **settings,
         )
 
-    return Baseline(name, "Ren et al. 2024", lora_cost, config, per_module=True)
+    revision = 1 if "blocks" in options else 2  # the first had 4 blocks
+    return Baseline(name, "Ren et al. 2024", lora_cost, config, per_module=True, revision=revision)
 
 
 def _config(

@@ -41,6 +41,7 @@ def run_cell(cell: Cell, bench: Bench, written: tuple[Path, ...] = ()) -> CellRe
         RankwiseError: The method, the model or the data do not fit.
     """
     loaded, base = bench.data(cell.task), bench.base(cell.task, cell.seed)
+    bench.profile(cell)  # whose memory the first cell that needs it would be charged with
     memory = PeakMemory(bench.device)
     trained = train_cell(cell, bench)
     curves, profile, size = trained.curves, trained.profile, trained.size
