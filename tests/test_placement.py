@@ -47,11 +47,17 @@ def test_layers() -> None:
 def test_other_names() -> None:
     bert = {
         f"bert.encoder.layer.0.{kind}": LinearShape(8, 8)
-        for kind in ("attention.self.query", "attention.output.dense", "intermediate.dense")
+        for kind in (
+            *("attention.self.query", "attention.output.dense"),
+            *("intermediate.dense", "output.dense"),
+        )
     }
     assert placed_modules(bert, "qkv") == ["bert.encoder.layer.0.attention.self.query"]
     assert len(placed_modules(bert, "attention")) == 2
-    assert placed_modules(bert, "mlp") == ["bert.encoder.layer.0.intermediate.dense"]
+    assert placed_modules(bert, "mlp") == [
+        "bert.encoder.layer.0.intermediate.dense",
+        "bert.encoder.layer.0.output.dense",
+    ]
 
 
 def test_a_module_outside_the_stack_has_no_layer() -> None:

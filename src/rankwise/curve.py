@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -105,11 +106,11 @@ def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -
 
     Args:
         profile: Measured gradients.
-        ranks: LoRA ranks whose budgets are looked at; default 1, 2, 4, ... up to the smallest
-            module's largest rank.
+        ranks: LoRA ranks whose budgets are looked at, each twice the one before; default 1, 2,
+            4, ... up to the smallest module's largest rank.
 
     Raises:
-        PlanError: No rank is given, or one is not positive.
+        PlanError: No rank is given, one is not positive, or they do not double.
     """
     costs, caps, energies = costs_of(profile), caps_of(profile), energies_of(profile)
     kept = {name: np.cumsum(energy) for name, energy in energies.items()}
@@ -118,6 +119,8 @@ def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -
         ranks = [2**i for i in range(min(caps.values()).bit_length())]
     if not ranks or min(ranks) < 1:
         raise PlanError(f"ranks={list(ranks)!r} must be whole numbers of at least 1.")
+    if any(after != 2 * r for r, after in pairwise(ranks)):
+        raise PlanError(f"ranks={list(ranks)!r}: each must be twice the one before.")
     limits = rank_limits(caps, 0, max(caps.values()))
     points = []
     for r in ranks:

@@ -227,7 +227,7 @@ Layers = Literal["all", "odd", "even", "first_last"]
 _PARTS: Mapping[str, str] = {
     "all": "",
     "attention": r"(^|[._])(self_attn|self_attention|attn|attention)([._]|$)",
-    "mlp": r"(^|[._])(mlp|ffn|feed_forward|intermediate)([._]|$)",
+    "mlp": r"(^|[._])(mlp|ffn|feed_forward|intermediate)([._]|$)|^output\.dense$",
     "qkv": r"(^|[._])(q|k|v|query|key|value|qkv|c_attn)(_proj|_lin)?$",
     "gate_up": r"(^|[._])(gate|up|gate_up)_proj$",
 }
@@ -352,10 +352,10 @@ def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]
     Tied weights, into which merging would write for others too, and weights read without a forward.
     """
     reasons: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            owners.setdefault(id(module.weight), name)
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            owners.setdefault(id(weight), []).append(name)
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             reasons[f"{name}.out_proj"] = "read by MultiheadAttention without calling it"
@@ -366,9 +366,9 @@ def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]
                 reasons[f"{name}.{part}"] = "read by a Mamba mixer without calling it"
         weight = getattr(module, "weight", None)
         if name in shapes and isinstance(weight, Tensor):
-            owner = owners.setdefault(id(weight), name)
-            if owner != name:
-                reasons[name] = f"tied: it shares its weight with {owner}"
+            others = [owner for owner in owners[id(weight)] if owner != name]
+            if others:
+                reasons[name] = f"tied: it shares its weight with {others[0]}"
     return {name: reason for name, reason in reasons.items() if name in shapes}
 
 

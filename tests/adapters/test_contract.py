@@ -326,6 +326,17 @@ def test_the_layer_compiles_without_graph_breaks(case: AdapterCase, active: list
 
 
 @every_adapter
+def test_a_compiled_layer_that_trains_is_compiled_once(case: AdapterCase) -> None:
+    layer, x = adapter_layer(two_adapters(case)).train(), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            compiled(x).square().sum().backward()
+
+
+@every_adapter
 def test_other_layers_are_refused(case: AdapterCase) -> None:
     model = OneLayer()
     model.layer = nn.Conv2d(3, 3, 1)  # type: ignore[assignment]

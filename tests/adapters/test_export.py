@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from rankwise.adapters.readers import (
     one_scale,
     peft_scale,
     readers_that_are_right,
+    sglang_scale,
     vllm_max_rank,
 )
 from rankwise.allocation import dividing_blocks
@@ -147,7 +149,7 @@ class TestReaders:
                 torch.allclose(found[name], delta, rtol=1e-5, atol=1e-6)
                 for name, delta in expected.items()
             )
-            assert right == (mode != "compact" or reader != "llama.cpp")
+            assert right == (mode != "compact" or reader not in ("llama.cpp", "SGLang"))
             assert right == (reader in exported.readers)
 
     def test_rules_disagree_where_ranks_differ(self) -> None:
@@ -158,6 +160,10 @@ class TestReaders:
         assert one_scale(config, "a.q", 4) == 16 / 8
         assert llama_cpp_scale(config, "a.q", 4) == 16 / 4
         assert one_scale(config | {"use_rslora": True}, "a.q", 4) == 16 / 8**0.5
+        named = config | {"target_modules": ["q", "k"]}
+        assert sglang_scale(named, "a.k", 8) == 16 / 8
+        assert math.isnan(sglang_scale(named, "a.q", 4)), "its slot has rows for rank 8"
+        assert math.isnan(sglang_scale(config | {"target_modules": "a.(q|k)"}, "a.k", 8))
         assert readers_that_are_right(config, {"a.q": 4}, {"a.q": 4.0}) == ["llama.cpp"]
 
     def test_pefts_rule_is_pefts(self) -> None:
@@ -359,6 +365,11 @@ class TestNative:
         [
             (LoraConfig(target_modules=["q_proj"]), "alpha_pattern"),
             (LrLoraConfig(target_modules=["q_proj"]), "rankwise.load_adapter"),
+            (LoraConfig(target_modules=["q_proj"]), "AutoModelForCausalLM.from_pretrained"),
+            (
+                RaLoraConfig(target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"),
+                "AutoModel.from_pretrained",
+            ),
         ],
     )
     def test_cards_of_other_kinds(self, config: Any, says: str, tmp_path: Path) -> None:

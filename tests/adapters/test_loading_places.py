@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rankwise import ModulePlan, RaLoraConfig, RankPlan, attach, export_lora, load_adapter
 from rankwise.adapters import save_native
-from rankwise.errors import FileError
+from rankwise.errors import FileError, PlanError
 from saved_adapters import (
     A_NAME,
     CONFIG,
@@ -129,3 +130,41 @@ class TestWrongPlaces:
             ),
         )
         refused(tmp_path, "rank 17 of first exceeds its largest, 16")
+
+
+class TestWhatPeftWouldFindOutTooLate:
+    """The model is as it was, also where PEFT's own check comes after it has put adapters in."""
+
+    @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+    def test_a_task_that_the_model_does_not_do(self, tmp_path: Path, task: str) -> None:
+        make_lora(tmp_path)
+        edit_config(tmp_path, task_type=task)
+        refused(tmp_path, rf"task_type='{task}', and a TwoLayers does not generate text")
+
+    def test_factors_of_a_module_that_is_saved_whole(self, tmp_path: Path) -> None:
+        make_lora(tmp_path)
+        edit_config(tmp_path, modules_to_save=["first"])
+        weight = TwoLayers().first
+        edit_weights(
+            tmp_path,
+            lambda tensors: tensors.update(
+                {f"base_model.model.first.{k}": v for k, v in weight.state_dict().items()}
+            ),
+        )
+        refused(
+            tmp_path, "first has factors, and modules_to_save or task_type has it trained whole"
+        )
+
+
+def test_a_plan_of_a_module_that_is_trained_whole_is_refused() -> None:
+    parts = {"body": nn.Linear(8, 8), "classifier": nn.Sequential(nn.Linear(8, 8))}
+    model = nn.ModuleDict(parts)
+    modules = {name: ModulePlan(8, 8, 2) for name in ("body", "classifier.0")}
+    plan = RankPlan("by hand", "lora", 2, 4.0, None, modules)
+    for options, entry in (
+        ({"task_type": "SEQ_CLS"}, "classifier"),
+        ({"modules_to_save": ["body"]}, "body"),
+    ):
+        with pytest.raises(PlanError, match=f"trained whole: .* asks for '{entry}'"):
+            attach(model, plan, **options)
+        assert all("lora" not in name for name, _ in model.named_modules())

@@ -12,6 +12,7 @@ from torch import nn
 from rankwise.adapters.base_fingerprint import remember_base_
 from rankwise.adapters.block_diagonal import RaLoraConfig
 from rankwise.adapters.lr_lora_config import LrLoraConfig
+from rankwise.adapters.whole_modules import trained_whole
 from rankwise.errors import PlanError, nearest
 from rankwise.plan import AdapterKind, RankPlan, check_is_plan
 from rankwise.provenance import model_fingerprint
@@ -103,6 +104,13 @@ def attach(
         options["task_type"] = "CAUSAL_LM"
     config = adapter_config(plan, **options)
     config.target_modules = plan.target_modules(model)
+    for name, entry in trained_whole(
+        plan.modules, config.modules_to_save, config.task_type
+    ).items():
+        raise PlanError(
+            f"the plan adapts {name}, which is trained whole: modules_to_save or task_type asks "
+            f"for {entry!r}. Plan without it, or leave that out."
+        )
     remember_base_(config, model_fingerprint(model))
     return get_peft_model(model, config, adapter_name=adapter_name)
 

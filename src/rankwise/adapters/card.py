@@ -11,9 +11,9 @@ This is a plain LoRA adapter; it needs nothing but PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "this-folder")
 ```
 """
@@ -35,9 +35,9 @@ Only rankwise computes them, which registers the kind with PEFT:
 
 ```python
 import rankwise
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto}.from_pretrained({base})
 model = rankwise.load_adapter(base, "this-folder")
 ```
 
@@ -56,9 +56,9 @@ With rankwise (`pip install rankwise`), importing it is enough for PEFT to know 
 
 ```python
 import rankwise as rw
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto}.from_pretrained({base})
 model = rw.load_adapter(base, "this-folder")  # or peft.PeftModel.from_pretrained
 ```
 
@@ -87,6 +87,15 @@ for name, a in tensors.items():
 """
 
 
+_AUTO = {  # others are taken for causal language models
+    "FEATURE_EXTRACTION": "AutoModel",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
 def model_card(config: Mapping[str, Any], readers: Sequence[str], *, native: bool) -> str:
     """The text of README.md.
 
@@ -98,14 +107,17 @@ def model_card(config: Mapping[str, Any], readers: Sequence[str], *, native: boo
     """
     name = config.get("base_model_name_or_path") or "the base model"
     base = json.dumps(name)
-    kind = str(config["peft_type"])
+    kind, auto = (
+        str(config["peft_type"]),
+        _AUTO.get(str(config.get("task_type")), "AutoModelForCausalLM"),
+    )
     header = {"base_model": name} if config.get("base_model_name_or_path") else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items())]
     lines += ["library_name: peft", "tags: [lora, rankwise]", "---", "", "# Adapter", ""]
     if kind == "RALORA":
-        return "\n".join(lines) + "\n" + _NATIVE.format(base=base)
+        return "\n".join(lines) + "\n" + _NATIVE.format(base=base, auto=auto)
     if kind == "LRLORA":
-        return "\n".join(lines) + "\n" + _ELEMENTWISE.format(base=base)
+        return "\n".join(lines) + "\n" + _ELEMENTWISE.format(base=base, auto=auto)
     kept = "; the trainable original is in `native/`" if native else ""
     scale = _FOLDED.format(readers=", ".join(readers), native=kept) if readers else _AS_TRAINED
-    return "\n".join(lines) + "\n" + _PLAIN.format(base=base) + scale
+    return "\n".join(lines) + "\n" + _PLAIN.format(base=base, auto=auto) + scale

@@ -221,7 +221,7 @@ class LrLoraLinear(DeltaLayer):
             norms = largest_norms(*fixed)
             way = factorisation(f, *fixed, x.numel() // self.in_features, norms)
             radius = math.prod(norms)
-        if self.training:
+        if self.training and not torch.compiler.is_compiling():  # which would guard the count
             self.lrlora_passes[adapter][0 if way is None else 1] += 1
         if way is None:
             evaluation = self.lrlora_evaluation

@@ -215,7 +215,9 @@ def export_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(draft))
         loaded = type(base).from_pretrained(str(draft), dtype=base.dtype)  # type: ignore[attr-defined]
-        error = compared(live, outputs_of(loaded.to(base.device), inputs), "the merged model")
+        error = compared(
+            live, outputs_of(loaded.to(base.device), inputs), "the merged model", model
+        )
     return Exported(folder, "merged", error=error)
 
 
@@ -343,4 +345,4 @@ def _check_lora(twin: PeftModel, draft: Path, example: Mapping[str, Any] | None)
     live = outputs_of(twin, inputs)
     with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it loads one
         loaded = PeftModel.from_pretrained(twin.unload(), str(draft))
-    return compared(live, outputs_of(loaded, inputs), "the exported adapter")
+    return compared(live, outputs_of(loaded, inputs), "the exported adapter", loaded)

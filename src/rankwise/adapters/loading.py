@@ -32,6 +32,7 @@ from rankwise.adapters.saved_config import (
     read_config,
 )
 from rankwise.adapters.transfer import BASES
+from rankwise.adapters.whole_modules import trained_whole
 from rankwise.errors import FileError, nearest
 from rankwise.files import read_tensors
 from rankwise.provenance import model_fingerprint
@@ -101,6 +102,7 @@ def load_adapter(
     config = peft_config(saved, names, path, trainable)
     if weights.base_fingerprint:
         remember_base_(config, weights.base_fingerprint)
+    _check_task(model, saved, names, path)
     expected = _expected_shapes(config, {name: shapes[name] for name in names})
     whole = _whole_modules(model, saved, path)
     expected |= {
@@ -115,7 +117,8 @@ def load_adapter(
     with torch.random.fork_rng(devices=[]):  # PEFT draws an adapter before it is overwritten
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
     left: Any = set_peft_model_state_dict(adapted, tensors, adapter_name=adapter_name)
-    assert not left.unexpected_keys, left.unexpected_keys  # the shapes were checked
+    if left.unexpected_keys:  # the shapes were checked, so that none should be left
+        raise weights.fail(f"has {left.unexpected_keys[0]!r}, for which PEFT finds no place.")
     return adapted if trainable else adapted.eval()
 
 
@@ -238,6 +241,21 @@ def _check_targets(saved: SavedConfig, names: list[str], path: Path) -> None:
                 raise FileError(
                     f"{WHAT} {path}: {option} has {key!r}, for which there are no weights."
                 )
+
+
+def _check_task(model: nn.Module, saved: SavedConfig, names: list[str], path: Path) -> None:
+    """What PEFT would find out only when it has changed the model."""
+    generates = saved.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    if generates and not hasattr(model, "prepare_inputs_for_generation"):
+        raise FileError(
+            f"{WHAT} {path}: task_type={saved.task_type!r}, and a {type(model).__name__} does not "
+            "generate text; load the model that the adapter is for, or set task_type to null."
+        )
+    for name, entry in trained_whole(names, saved.modules_to_save, saved.task_type).items():
+        raise FileError(
+            f"{WHAT} {path}: {name} has factors, and modules_to_save or task_type has it trained "
+            f"whole as {entry!r}; it cannot be both."
+        )
 
 
 def _expected_shapes(

@@ -77,15 +77,22 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return logits if isinstance(logits, Tensor) else output[0]
 
 
-def compared(live: Tensor, found: Tensor, what: str) -> float:
+def compared(live: Tensor, found: Tensor, what: str, model: nn.Module) -> float:
     """The largest difference between outputs, relative to the largest of the live model's.
 
+    Args:
+        live: Its outputs.
+        found: Those of what is exported.
+        what: What that is, for messages.
+        model: The live model, which may compute in less than its outputs' dtype.
+
     Raises:
-        ExportError: It is over the tolerance of the dtype.
+        ExportError: It is over the tolerance of the dtypes.
     """
     scale = float(live.abs().max()) or 1.0
     error = float((live.double() - found.double()).abs().max()) / scale
-    tolerance = TOLERANCES[live.dtype]
+    dtypes = {live.dtype, *(p.dtype for p in model.parameters())}
+    tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
     if not error <= tolerance:
         raise ExportError(
             f"outputs of {what} differ from the live model's by {error:.1e} of the largest, more "

@@ -1,7 +1,7 @@
 """How programs that serve LoRA read the scale of an adapter: they differ where ranks differ.
 
 Each rule takes the content of `adapter_config.json`, a module's name, and the rank of its tensors,
-and returns the factor in front of B A.
+and returns the factor in front of B A; NaN where the program does not load such a file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,18 @@ def peft_scale(config: Config, module: str, rank: int) -> float:
 
 
 def one_scale(config: Config, module: str, rank: int) -> float:
-    """As in vLLM up to 0.30 and SGLang: the general alpha and r, whatever the patterns say."""
+    """As in vLLM up to 0.30: the general alpha and r, whatever the patterns say."""
     return _divided(config, config["lora_alpha"], config["r"])
+
+
+def sglang_scale(config: Config, module: str, rank: int) -> float:
+    """As in SGLang: likewise, of files whose tensors all have rank r and whose targets are names.
+
+    It copies every factor into a slot of that shape and asserts that it fits, and takes no regular
+    expression (`lora/mem_pool.py` and `lora/utils.py` there).
+    """
+    names = isinstance(config.get("target_modules"), list)
+    return one_scale(config, module, rank) if names and rank == config["r"] else math.nan
 
 
 def llama_cpp_scale(config: Config, module: str, rank: int) -> float:
@@ -39,7 +49,7 @@ READERS: dict[str, ScaleRule] = {
     "PEFT": peft_scale,
     "vLLM after 0.30": peft_scale,
     "vLLM up to 0.30": one_scale,
-    "SGLang": one_scale,
+    "SGLang": sglang_scale,
     "llama.cpp": llama_cpp_scale,
 }
 """Reader -> its rule."""
