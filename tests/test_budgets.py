@@ -41,7 +41,8 @@ def test_what_is_said_is_what_is_meant(said: object, parameters: int) -> None:
 @pytest.mark.parametrize(
     "said",
     ["", "eight", "r=0", "r=-1", 0, -5, "0", "0%", "-3%", 8.5, True, None, "10MB int3", "1.2.3",
-     "10 apples", "0,5%", "2,4M params", "1,5 MB", "1,23,456", "r=8.5", "8r", "0.4", "nan", "inf"],
+     "10 apples", "0,5%", "0,125%", "2,4M params", "1,5 MB", "1,23,456", "r=8.5", "8r", "0.4",
+     "nan", "inf"],
 )  # fmt: skip
 def test_nonsense_is_refused_with_what_is_allowed(said: object) -> None:
     with pytest.raises(PlanError, match=r"budget=.*(is not understood; allowed: 'r=8'|positive)"):

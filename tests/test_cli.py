@@ -124,6 +124,7 @@ def test_train_inspect_report(place: Path, capsys: pytest.CaptureFixture[str]) -
         (["plan", "{place}/absent"], "no such file"),
         (["plan", "{place}/p", "--recommend", "--out", "{place}/x.json"], "make no plan"),
         (["plan", "{place}/p", "--curve", "r=4"], "make no plan"),
+        (["plan", "{place}/p", "--curve", "--method", "gard"], "make no plan"),
         (["inspect", "{place}/run.yaml", "--column", "gid"], "is not JSON"),
         (["profile", "x", "y", "--out", "{place}/q", "--column", "gdi"], "did you mean 'gid'?"),
         (["profile", "x", "y", "subst=main", "--out", "{place}/q"], "did you mean 'subset'?"),

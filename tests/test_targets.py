@@ -373,3 +373,11 @@ def test_two_linear_layers_of_one_weight_get_no_adapter() -> None:
     assert list(found) == ["third"]
     assert found.left_out["first"] == "tied: it shares its weight with second"
     assert found.left_out["second"] == "tied: it shares its weight with first"
+
+
+def test_parametrised_weights_are_no_tied_ones() -> None:
+    """They are a new tensor each time, whose place in memory another may take."""
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)) for _ in range(4)]
+    found = find_targets(nn.Sequential(*layers, nn.Linear(8, 8)))
+    assert "4" in found
+    assert not any("tied" in reason for reason in found.left_out.values())

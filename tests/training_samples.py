@@ -113,9 +113,9 @@ def make_analysis(names: Sequence[str]) -> dict[str, Any]:
                     "u_max": number(),
                     "grid_min": -3.0,
                     "grid_max": 3.0,
-                    "factorised": step == 0,
+                    "factorised": place % 2 == 0 if step else None,
                 }
-                for name in names
+                for place, name in enumerate(names)
             },
         }
         for step in (0, 10)

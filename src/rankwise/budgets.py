@@ -14,7 +14,7 @@ from rankwise.errors import PlanError
 _COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _WIDTH = {"float32": 4, "fp32": 4, "float16": 2, "fp16": 2, "bfloat16": 2, "bf16": 2}
-_WHOLE = r"\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*"  # a comma elsewhere is somebody's decimal point
+_WHOLE = r"[1-9]\d{0,2}(?:,\d{3})+|\d+(?:_\d+)*"  # a comma elsewhere is somebody's decimal point
 _NUMBER = rf"(?P<number>(?:{_WHOLE})(?:\.\d+)?|\.\d+)"
 _RANK = re.compile(r"r\s*=?\s*(?P<number>\d+)")
 _PERCENT = re.compile(_NUMBER + r"\s*%(?:\s*of the model)?")

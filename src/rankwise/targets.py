@@ -354,7 +354,7 @@ def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]
     reasons: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), Tensor):
+        if (weight := _own_weight(module)) is not None:
             owners.setdefault(id(weight), []).append(name)
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -364,12 +364,17 @@ def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]
             # refuses the other
             for part in ("dt_proj", "out_proj"):
                 reasons[f"{name}.{part}"] = "read by a Mamba mixer without calling it"
-        weight = getattr(module, "weight", None)
-        if name in shapes and isinstance(weight, Tensor):
+        weight = _own_weight(module)
+        if name in shapes and weight is not None:
             others = [owner for owner in owners[id(weight)] if owner != name]
             if others:
                 reasons[name] = f"tied: it shares its weight with {others[0]}"
     return {name: reason for name, reason in reasons.items() if name in shapes}
+
+
+def _own_weight(module: nn.Module) -> Tensor | None:
+    """The parameter; a parametrised weight is another tensor each time it is asked for."""
+    return module._parameters.get("weight")
 
 
 def _is_mamba_mixer(module: nn.Module) -> bool:

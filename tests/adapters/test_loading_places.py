@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -163,6 +163,7 @@ def test_a_plan_of_a_module_that_is_trained_whole_is_refused() -> None:
     plan = RankPlan("by hand", "lora", 2, 4.0, None, modules)
     for options, entry in (
         ({"task_type": "SEQ_CLS"}, "classifier"),
+        ({"task_type": TaskType.SEQ_CLS}, "classifier"),
         ({"modules_to_save": ["body"]}, "body"),
     ):
         with pytest.raises(PlanError, match=f"trained whole: .* asks for '{entry}'"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, BertForMaskedLM
 
 from rankwise.errors import ConfigError, FileError
 from rankwise.experiments import compare as compare_module
@@ -18,6 +19,7 @@ from rankwise.experiments.result_tables import markdown, save_results, terminal_
 from rankwise.experiments.results import make_results
 from tiny_experiment import write_experiment
 from tiny_folder import save_tiny_llama, write_rows
+from tiny_models import bert_config
 
 
 def _run(document: dict[str, Any]) -> Board:
@@ -369,3 +371,21 @@ def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
         _run(document | {"output": str(tmp_path / "file" / "out")})
+
+
+def test_a_base_with_weights_that_the_seed_draws_is_not_a_changed_one(tmp_path: Path) -> None:
+    """A masked language model has no pooler; a classifier's is drawn, inside the encoder."""
+    document = write_experiment(tmp_path, methods=["head-only"], seeds=[0, 1])
+    tokenizer = AutoTokenizer.from_pretrained(document["model"])
+    tokenizer.save_pretrained(tmp_path / "bert")
+    config = bert_config(vocab_size=len(tokenizer))
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    rows = [{"sentence": f"it is {i}", "label": i % 2} for i in range(24)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    task = {"name": "two", "kind": "classification", "train": path, "test": path}
+    document |= {"model": str(tmp_path / "bert"), "tasks": [task | {"validation_rows": 6}]}
+    first = _run(document)
+    assert len({r.model_fingerprint for r in first.records()}) == 2
+    assert make_results(first).rows[0].status == "finished"
+    first.path(first.finals(first.groups[0])[1]).unlink()
+    assert len(_run(document).records()) == 2

@@ -139,3 +139,27 @@ def test_a_malformed_file_is_refused(
     change(results)
     with pytest.raises(FileError, match=message):
         report_of(tmp_path, results)
+
+
+def test_a_method_of_one_size_at_two_budgets_has_its_curve(tmp_path: Path) -> None:
+    results = make_results()
+    for row in results["rows"]:
+        if row["label"] == "RaLoRA":
+            row["parameters"] = row["trainable"] = 960
+    page, _, _ = report_of(tmp_path / "compare", results)
+    curves = [v["figure"]["data"] for v in page.data("figures")["plots"]["parameters"]]
+    assert all(len(set(round(x / 960, 1) for x in data[1]["x"])) == 1 for data in curves)
+
+
+def test_what_is_not_tested_yet_is_not_said_to_be_level(tmp_path: Path) -> None:
+    results = make_results()
+    for row in results["rows"]:
+        if row["label"] == "RaLoRA":
+            row["against"]["holm_p"] = row["against"]["t_p"] = None
+        if row["label"] == "slow <b>one</b>":
+            row["wanted"] = 5
+    _, _, text = report_of(tmp_path / "compare", results)
+    assert "the best mean matthews is 0.6328 (slow <b>one</b>, 3 of 5 seeds)." in text
+    assert (
+        "0 of 1 methods differ from lora after Holm's correction (p < 0.05). 1 have too few" in text
+    )

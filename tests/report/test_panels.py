@@ -38,11 +38,12 @@ def test_a_clean_profile_is_fine() -> None:
 
 def test_what_is_wrong_with_a_profile_is_said() -> None:
     profile = make_profile()
-    first, second, *_ = profile.modules
+    first, second, third, *_ = profile.modules
     modules = {
         **profile.modules,
         first: replace(profile.modules[first], gradient_norm=0.0, zero_batches=4),
         second: replace(profile.modules[second], zero_batches=1),
+        third: replace(profile.modules[third], batches=3),
     }
     climbing = dict.fromkeys(modules, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
     bad = changed(
@@ -56,7 +57,7 @@ def test_what_is_wrong_with_a_profile_is_said() -> None:
     assert found["dropped batches"] == ("1 of 7", False)
     assert found["batches without a label"] == ("2 of 7", False)
     assert found["modules without gradient"] == ("1 of 7", False)
-    assert found["modules that some batches missed"] == ("1 of 7", False)
+    assert found["modules that some batches missed"] == ("2 of 7", False)
     assert found["dtype of the model"] == ("bfloat16", False)
     assert found["dropout while measuring"] == ("on", False)
     assert found["enough batches"] == ("profile more", False)
@@ -69,6 +70,8 @@ def test_what_does_not_belong_together_is_said() -> None:
     assert same["base models"] == ("the same", True)
     assert same["package versions"] == ("torch 2.13.0", True)
     assert same["seeds"] == ("7 and 8", True)
+    another = SourceRun(make_record(RaLora(r=2).plan(make_profile()), seed=8), "b")
+    assert verdicts(report_of(runs=[one, another]))["seeds"] == ("7 and 8", False)
     other = make_record(plan, model_fingerprint="ff", versions={"torch": "2.8"}, commit="ab-dirty")
     mixed = verdicts(report_of(runs=[one, SourceRun(other, "b")]))
     assert mixed["base models"] == ("2 different", False)
@@ -136,4 +139,11 @@ def test_energy_is_captured_only_where_the_profile_is_the_plans() -> None:
     assert view_of_plan(lora).captured is None
     assert view_of_plan(lora, [changed(profile, model_fingerprint="ff")]).captured is None
     assert view_of_plan(lora, [make_profile(size=2)]).captured is None
+    other = replace(
+        changed(profile, data_fingerprint="ff"),
+        singular_values={name: values * 0 + 1 for name, values in profile.singular_values.items()},
+    )
+    own = view_of_plan(lora, [profile]).captured
+    assert view_of_plan(lora, [other]).captured != own
+    assert view_of_plan(lora, [other, profile]).captured == own, "the profile it was made from"
     assert view_of_plan(RaLora(r=4).plan(profile), [profile]).captured is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rankwise.methods import Lora, RaLora
 from rankwise.report.load import load_report
 from rankwise.report.sampling import places
 from rankwise.report.update_view import view_of_adapter
-from report_samples import make_profile, save_adapter
+from report_samples import make_profile, save_adapter, save_run
 
 
 @pytest.mark.parametrize("method", [Lora(r=4, alpha=12), RaLora(r=4, alpha=12)])
@@ -161,3 +162,26 @@ def test_an_adapter_is_named_after_its_run(tmp_path: Path) -> None:
     save_adapter(tmp_path / "other", plan)
     report = load_report([tmp_path / "mine" / "adapter", tmp_path / "other"])
     assert [update.label for update in report.updates] == ["mine", "other"]
+
+
+def test_adapters_of_runs_have_the_labels_of_the_runs(tmp_path: Path) -> None:
+    """Equal plans are shown once, so that numbers would count plans and adapters differently."""
+    for name, rank, seed in (("a", 2, 0), ("b", 2, 1), ("c", 4, 0)):
+        plan = Lora(r=rank).plan(make_profile(layers=1))
+        save_run(tmp_path / name, plan, None, seed=seed)
+        save_adapter(tmp_path / name / "adapter", plan)
+    report = load_report([tmp_path / name for name in "abc"])
+    labels = [run.label for run in report.runs]
+    assert labels == ["lora, seed 0, a", "lora, seed 1", "lora, seed 0, c"]
+    assert [update.label for update in report.updates] == labels
+    ranks = [{m.rank for m in update.modules.values()} for update in report.updates]
+    assert ranks == [{2}, {2}, {4}]
+
+
+def test_the_plan_of_an_lr_lora_run_counts_its_functions(tmp_path: Path) -> None:
+    plan = replace(Lora(r=2).plan(make_profile(layers=1)), adapter="lr-lora")
+    trained = plan.parameters + 700
+    save_run(tmp_path / "a", plan, None, method="lora, lr-lora", trainable_parameters=trained)
+    [view] = load_report([tmp_path / "a"]).plans
+    assert (view.label, view.parameters) == ("lora, lr-lora", trained)
+    assert (view.used, view.even_rank, view.serving.adapter) == (None, None, "lr-lora")

@@ -20,7 +20,7 @@ def trained_whole(
 
     PEFT takes an entry for every module of that name and all inside it.
     """
-    entries = [*(modules_to_save or ()), *_BY_TASK.get(str(task_type), ())]
+    entries = [*(modules_to_save or ()), *_BY_TASK.get(task_type or "", ())]
     found = {}
     for name in names:
         for entry in entries:

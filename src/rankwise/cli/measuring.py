@@ -132,12 +132,12 @@ def plan(
         ),
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="lora, lora-gid, ls-lora, gard, water-fill, ralora, ralora-pro, ralora-threshold "
-            "or compose."
+            "or compose; default: ralora-pro."
         ),
-    ] = "ralora-pro",
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the plan.")] = None,
     curve: Annotated[
         bool,
@@ -166,11 +166,14 @@ def plan(
     from rankwise.training.options import make_method
     from rankwise.training.yaml_text import parse_assignment
 
-    if (curve or recommend) and (out is not None or markdown or options):
+    if (curve or recommend) and (out is not None or markdown or options or method):
         raise ConfigError(
-            "--curve and --recommend make no plan; leave --out, --markdown and options out."
+            "--curve and --recommend make no plan; leave --method, --out, --markdown and options "
+            "out."
         )
-    chosen = make_method(method, dict(parse_assignment(option) for option in options or ()))
+    chosen = make_method(
+        method or "ralora-pro", dict(parse_assignment(option) for option in options or ())
+    )
     measured = GradientProfile.load(profile)
     if curve or recommend:
         budgets = budget_curve(measured)

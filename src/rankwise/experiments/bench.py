@@ -95,9 +95,7 @@ class Bench:
         if self._base is None or self._base[0] != key:
             self._base = None  # two at a time would not fit where one does
             started = time.perf_counter()
-            torch.manual_seed(seed)
-            with _quiet_loading():
-                model = task.task.load_model().to(self.device)  # type: ignore[arg-type]
+            model = _load(task, seed).to(self.device)
             model.eval()
             targets = find_targets(model, task.targets)
             name, fingerprint = model_name(model), model_fingerprint(model)
@@ -105,17 +103,19 @@ class Bench:
             self._base = key, Base(model, targets, name, fingerprint, seconds)
         return self._base[1]
 
-    def forget_base(self) -> None:
-        """Give up the memory of the last base model."""
-        self._base = None
-
     def changed_since(self, records: Sequence[CellRecord], task: TaskSpec) -> Iterator[str]:
-        """`"data"` and `"base model"`, where they are not those of the task's records."""
-        data, models = ({getattr(r, f"{part}_fingerprint") for r in records}
-                        for part in ("data", "model"))  # fmt: skip
-        if data - {self.data(task).fingerprint}:
+        """`"data"` and `"base model"`, where they are not those of the task's records.
+
+        The model is loaded to the CPU: workers will want all of a GPU. A checkpoint may lack
+        weights, which the seed then draws, so that only records of one seed must have its model.
+        """
+        if {r.data_fingerprint for r in records} - {self.data(task).fingerprint}:
             yield "data"
-        if models and models != {self.base(task, records[0].seed).fingerprint}:
+        if not records:
+            return
+        seed = records[0].seed
+        found = model_fingerprint(_load(task, seed))
+        if {r.model_fingerprint for r in records if r.seed == seed} != {found}:
             yield "base model"
 
     def first_batches(self, task: TaskSpec, seed: int, count: int) -> list[Batch]:
@@ -150,6 +150,13 @@ class Bench:
                 )
                 measured.save(folder)
         return GradientProfile.load(folder)
+
+
+def _load(task: TaskSpec, seed: int) -> nn.Module:
+    """The task's model with what the seed draws."""
+    torch.manual_seed(seed)
+    with _quiet_loading():
+        return task.task.load_model()
 
 
 def training_batches(

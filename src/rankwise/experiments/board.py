@@ -75,8 +75,10 @@ class Board:
 
     def has_failed(self, cell: Cell) -> bool:
         """Whether the cell failed in this call."""
-        path = self.failure_path(cell)
-        return path.is_file() and path.stat().st_mtime_ns >= self.since
+        try:
+            return self.failure_path(cell).stat().st_mtime_ns >= self.since
+        except FileNotFoundError:  # also where another command removes it just now
+            return False
 
     def rates(self, group: Group) -> list[float]:
         """The learning rates of the search, ascending: the grid, and what was needed around it.

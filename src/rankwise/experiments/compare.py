@@ -120,7 +120,6 @@ def _find_sources(board: Board, bench: Bench) -> None:
                 "although the settings are the same; restore what was there, or choose another "
                 "output."
             )
-    bench.forget_base()
 
 
 def _is_finished(board: Board, group: Group) -> bool:

@@ -12,7 +12,7 @@ from rankwise.dynamic import DynamicOptions, DynamicRanks
 from rankwise.errors import ConfigError
 from rankwise.experiments.baselines import full_fine_tuning
 from rankwise.experiments.drivers import DynamicDriver
-from rankwise.experiments.ours import drawn_by, function_parameters, lr_lora_optimizer
+from rankwise.experiments.ours import drawn_by, draws_grid, function_parameters, lr_lora_optimizer
 from rankwise.experiments.sizing import Adapted, Baseline, Job, Size
 from rankwise.methods import METHODS, Method
 from rankwise.methods.budgeted import BudgetedMethod
@@ -100,9 +100,12 @@ class Planned(Contestant):
 
     @property
     def revision(self) -> int:
-        """The first let ranks move after the last step, or drew one random grid for every seed."""
-        moved = self.dynamic is not None and not self.early
-        return 2 if moved or self.adapter_options.get("grid") == "random" else 1
+        """Counts what changed: see `Baseline.revision`."""
+        if self.dynamic is None:  # the first drew one random grid for every seed
+            return 2 if draws_grid(self.adapter_options) else 1
+        # the first let ranks move after the last step, and out of these options' bounds
+        moved = 2 if not self.early else 1
+        return moved + any(key in self.options for key in ("fixed", "around", "budget"))
 
     def profile_batches(self) -> int:
         """The method's own number."""

@@ -50,16 +50,20 @@ def lr_lora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) ->
         lambda shape, r: r * shape.rank_cost + own,
         config,
         per_module=True,
-        revision=2 if example.grid == "random" else 1,  # the first drew one grid for every seed
+        revision=2 if draws_grid(settings) else 1,  # the first drew one grid for every seed
         shared=shared,
         optimizer=None if example.basis == "sine" else lr_lora_optimizer(ratio),
     )
 
 
+def draws_grid(options: Mapping[str, Any]) -> bool:
+    """Whether LR-LoRA's grid is random and has no seed of its own."""
+    return options.get("grid") == "random" and "grid_seed" not in options
+
+
 def drawn_by(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
     """LR-LoRA's options; a random grid is drawn by the seed of the run."""
-    seed = {"grid_seed": job.seed} if options.get("grid") == "random" else {}
-    return seed | dict(options)
+    return dict(options) | ({"grid_seed": job.seed} if draws_grid(options) else {})
 
 
 def lr_lora_optimizer(amplitude_ratio: float | None = None) -> OptimizerFactory:

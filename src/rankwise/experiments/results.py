@@ -216,15 +216,19 @@ def _size_curve(rows: Sequence[Row]) -> Curve:
 
 
 def _refuse_mixed(records: Sequence[CellRecord]) -> None:
-    for task in {record.task for record in records}:
-        for key, what in (("data_fingerprint", "data"), ("model_fingerprint", "base models")):
-            found = sorted({getattr(r, key) for r in records if r.task == task})
-            if len(found) > 1:
-                raise ConfigError(
-                    f"task {task}: its records were made with different {what} "
-                    f"({', '.join(found)}), although the settings are the same; restore what "
-                    "changed, or choose another output."
-                )
+    """A task has the same data everywhere, and one base model by seed, which may draw of it."""
+    data: dict[tuple[Any, ...], set[str]] = {}
+    for record in records:
+        data.setdefault((record.task, "data"), set()).add(record.data_fingerprint)
+        models = data.setdefault((record.task, "base models", record.seed), set())
+        models.add(record.model_fingerprint)
+    for (task, what, *_), found in data.items():
+        if len(found) > 1:
+            raise ConfigError(
+                f"task {task}: its records were made with different {what} "
+                f"({', '.join(sorted(found))}), although the settings are the same; restore what "
+                "changed, or choose another output."
+            )
 
 
 def _machine(record: CellRecord) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.files import draft_folder, publish, write_errors_explained
+from rankwise.files import check_replaceable, draft_folder, publish, write_errors_explained
 from rankwise.profiling.precision import autocast_off
 from rankwise.profiling.profile import (
     GRADIENTS_FILE,
@@ -75,6 +75,8 @@ class DiskKeeper(Keeper):
             if self._writer is not None:
                 self._writer.close()
             profile.write_into(self._draft)
+            # measuring takes long enough for something to be added
+            check_replaceable(self._out, marker=PROFILE_FILE, written=PROFILE_FILES)
             publish(self._draft, self._out)
         return replace(profile, gradients=read_gradients(self._out, self._shapes))
 

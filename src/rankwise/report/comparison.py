@@ -105,7 +105,8 @@ def parameter_variants(report: Report) -> list[Variant]:
 
 def _curve(rows: list[ComparisonRow], series: int, count: int) -> go.Scatter:
     """One method of several over its budgets; bars only where there is more than one seed."""
-    placed = sorted((row.size or 0, row.summary) for row in rows if row.summary is not None)
+    placed = [(row.size or 0, row.summary) for row in rows if row.summary is not None]
+    placed.sort(key=lambda pair: pair[0])  # sizes may repeat, and summaries have no order
     sizes, summaries = [size for size, _ in placed], [summary for _, summary in placed]
     beside = math.exp((series - (count - 1) / 2) * min(_BESIDE, _SPREAD / count))
     return line(

@@ -75,11 +75,12 @@ def _takeaway(comparison: ComparisonView) -> str:
             continue
         first = ranked[0]
         assert first.summary is not None
-        against = [row for row in ranked if row.against is not None]
+        against = [row for row in ranked if row.against and row.against.holm_p is not None]
+        untested = sum(row.against is not None for row in ranked) - len(against)
         holding = [row for row in against if differs(row)]
         words.append(
             f"{first.task} at the budget of r = {first.rank}: the best mean {first.metric} is "
-            f"{loss(first.summary.mean)} ({first.label})."
+            f"{loss(first.summary.mean)} ({first.label}{_seeds_of(first)})."
         )
         if against:
             names = f": {joined([row.label for row in holding])}" if 0 < len(holding) <= 4 else ""
@@ -87,7 +88,15 @@ def _takeaway(comparison: ComparisonView) -> str:
                 f"{len(holding)} of {len(against)} methods differ from {comparison.reference} "
                 f"after Holm's correction (p < {SIGNIFICANT:g}){names}."
             )
+        if untested:
+            words.append(f"{untested} have too few seeds to be tested.")
     return " ".join(words)
+
+
+def _seeds_of(row: ComparisonRow) -> str:
+    """How many seeds a mean is over, where some are missing."""
+    assert row.summary is not None
+    return f", {row.summary.count} of {row.wanted} seeds" if row.summary.count < row.wanted else ""
 
 
 def next_of(comparison: ComparisonView) -> tuple[str, str]:

@@ -103,8 +103,18 @@ def heat_sources(report: Report) -> list[HeatSource]:
 
 def _names(view: PlanView | UpdateView, report: Report) -> list[str]:
     """The modules of a profile that has all those of the view, else the view's own."""
-    known = (p.modules for p in report.profiles if p.modules.keys() >= view.modules.keys())
+    known = (p.modules for p in report.profiles if _holds(p, view))
     return list(next(known, view.modules))
+
+
+def _holds(profile: ProfileView, view: PlanView | UpdateView) -> bool:
+    """Whether the profile has the view's modules, in their shapes as far as these are known."""
+    modules = profile.modules
+    return all(
+        name in modules
+        and (m.d_in is None or (m.d_in, m.d_out) == (modules[name].d_in, modules[name].d_out))
+        for name, m in view.modules.items()
+    )
 
 
 def paint(

@@ -46,7 +46,10 @@ def _batches(profile: ProfileView) -> list[Check]:
 def _modules(profile: ProfileView) -> list[Check]:
     modules, batches = profile.modules.values(), profile.provenance["batches"]
     without = sum(module.gradient_norm == 0 for module in modules)
-    partly = sum(0 < module.zero_batches < batches for module in modules)
+    partly = sum(
+        module.gradient_norm > 0 and module.batches - module.zero_batches < batches
+        for module in modules
+    )
     return [
         Check(
             profile.label,
@@ -175,12 +178,16 @@ def _seeds(report: Report) -> list[Check]:
     if len(report.runs) < 2:
         return []
     seeds = sorted({run.seed for run in report.runs})
+    of_each = [
+        len({run.seed for run in report.runs if run.method == method})
+        for method in {run.method for run in report.runs}
+    ]
     return [
         Check(
             "together",
             "seeds",
             joined([whole(seed) for seed in seeds]),
-            len(seeds) > 1,
+            min(of_each) > 1,
             "A difference between methods needs several seeds each to mean anything.",
         )
     ]

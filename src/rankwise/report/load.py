@@ -46,11 +46,15 @@ class SourceRun:
 
 @dataclass(frozen=True)
 class SourceAdapter:
-    """An adapter's folder, the name to be told apart by, and what its run recorded of it."""
+    """An adapter's folder, the name to be told apart by, and what its run recorded of it.
+
+    `run` is the place of that run among the runs, whose label the adapter then has.
+    """
 
     folder: Path
     name: str
     analysis: Analysis | None = None
+    run: int | None = None
 
 
 @dataclass
@@ -104,6 +108,7 @@ def report_of(
     Raises:
         FileError: One of them holds nothing to show.
     """
+    run_views = _label_runs([view_of_run(run.record, run.folder, run.extras) for run in runs])
     profile_views = _once([view_of_profile(profile) for profile in profiles])
     plan_views = _plan_views(plans, profiles)
     order = [name for view in profile_views for name in view.modules]
@@ -111,11 +116,10 @@ def report_of(
     updates = [
         replace(
             view_of_adapter(each.folder, list(dict.fromkeys(order)), each.analysis),
-            label=each.name,
+            label=each.name if each.run is None else run_views[each.run].label,
         )
         for each in adapters
     ]
-    run_views = _label_runs([view_of_run(run.record, run.folder, run.extras) for run in runs])
     return Report(run_views, profile_views, plan_views, _once(updates), list(comparisons))
 
 
@@ -159,7 +163,8 @@ def _read(path: Path, sources: _Sources) -> None:
         adapter = path / ADAPTER_FOLDER
         if kind == "run" and (adapter / ADAPTER_CONFIG_FILE).is_file():
             method = saved.record.method
-            sources.adapters.append(SourceAdapter(adapter, method, extras.analysis))
+            number = len(sources.runs) - 1
+            sources.adapters.append(SourceAdapter(adapter, method, extras.analysis, number))
 
 
 def _checked(profile: GradientProfile, path: Path) -> GradientProfile:

@@ -18,8 +18,8 @@ _PREFIX = "base_model.model."
 _CONTAINERS = ("A", "B", "amplitude", "bandwidth", "grid")
 _NAME = "default"
 _FUNCTION = (
-    "r", "alpha", "basis", "points", "span", "grid", "grid_seed", "bandwidth", "bandwidth_init",
-    "omega", "constant",
+    "r", "alpha", "init", "basis", "points", "span", "grid", "grid_seed", "bandwidth",
+    "bandwidth_init", "omega", "constant",
 )  # fmt: skip
 """What of the configuration says what f is; ranks follow from the factors' shapes."""
 

@@ -53,7 +53,18 @@ def plan_of_run(saved: SavedRun, profiles: Sequence[GradientProfile] = ()) -> Pl
     if saved.plan is None:
         return recorded_plan(record)
     named = replace(saved.plan, model=record.model, model_fingerprint=record.model_fingerprint)
-    return view_of_plan(named, profiles)
+    view = view_of_plan(named, profiles)
+    if saved.plan.adapter != "lr-lora":
+        return view
+    # the plan's numbers are without the functions, the record's with them
+    return replace(
+        view,
+        label=record.method,
+        method=record.method,
+        parameters=record.trainable_parameters,
+        used=None,
+        even_rank=None,
+    )
 
 
 def recorded_plan(record: RunRecord) -> PlanView:
@@ -124,7 +135,9 @@ def _captured(
 
     Blocks do not hold a matrix's leading directions, so a block-diagonal plan has no such number.
     """
-    profile = next((p for p in profiles if _fits(plan, p)), None)
+    fitting = [p for p in profiles if _fits(plan, p)]
+    own = [p for p in fitting if p.provenance.data_fingerprint == _measured_on(plan)]
+    profile = next(iter(own or fitting), None)
     if profile is None or plan.adapter != "lora":
         return modules, None
     held = {name: energy_held(profile, name) for name in profile.modules}
@@ -137,6 +150,12 @@ def _captured(
     }
     total = sum(float(energy[-1]) for energy in held.values())
     return found, sum(kept.values()) / total if total else None
+
+
+def _measured_on(plan: RankPlan) -> object:
+    """The fingerprint of the data that the plan's own profile was measured on, if it has one."""
+    profile = plan.provenance.get("profile")
+    return profile.get("data_fingerprint") if isinstance(profile, dict) else None
 
 
 def _fits(plan: RankPlan, profile: GradientProfile) -> bool:

@@ -78,6 +78,7 @@ def _module(profile: GradientProfile, name: str, energy: int | None) -> ModuleGr
         energy_rank=energy,
         sensitivity=statistics.sensitivity,
         gradient_norm=statistics.gradient_norm,
+        batches=statistics.batches,
         zero_batches=statistics.zero_batches,
         fisher=statistics.fisher,
         singular_values=sampled(spectrum.numpy()),

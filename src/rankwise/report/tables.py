@@ -162,8 +162,8 @@ def _views(report: Report) -> list[Any]:
 
 def _module_cells(report: Report, columns: Sequence[Column], name: str) -> list[str]:
     modules = [view.modules[name] for view in _views(report) if name in view.modules]
-    shapes = [(m.d_out, m.d_in) for m in modules if m.d_in is not None]
-    cells = [_shape(shapes[0] if shapes else None)]
+    shapes = {(m.d_out, m.d_in) for m in modules if m.d_in is not None}
+    cells = [_shape(shapes.pop() if len(shapes) == 1 else None)]  # of two models neither
     for column in columns:
         module = getattr(report, column.part)[column.index].modules.get(name)
         value = None if module is None else getattr(module, column.measure.key)

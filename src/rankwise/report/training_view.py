@@ -163,7 +163,7 @@ def learned_view(analysis: Analysis) -> LearnedView | None:
         m.factorised
         for step in analysis.steps
         for m in step.modules.values()
-        if m.factorised is not None
+        if m.factorised is not None and step.step  # earlier versions said False of the start
     ]
     return LearnedView(
         steps=[step.step for step in analysis.steps],

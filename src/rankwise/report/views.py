@@ -47,7 +47,8 @@ class ModuleGradient:
         energy_rank: GARD's, of the batches' Gram matrix, where that was measured.
         sensitivity: `mean |W * G|`, in loss.
         gradient_norm: Frobenius norm of G, in loss per unit of weight.
-        zero_batches: Batches that gave a gradient of exactly zero.
+        batches: Batches that reached the module.
+        zero_batches: Those of them that gave a gradient of exactly zero.
         fisher: Mean entry of the empirical Fisher information, where it was measured.
         singular_values: Of G, at the places that `ProfileView.sampled_at` names.
         energy: Part of the squared sum that the first so many singular values hold, there.
@@ -63,6 +64,7 @@ class ModuleGradient:
     energy_rank: int | None
     sensitivity: float
     gradient_norm: float
+    batches: int
     zero_batches: int
     fisher: float | None
     singular_values: list[float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankwise.report.views import PlanView, ProfileView, Report, RunView, UpdateView
+from rankwise.report.views import PlanView, ProfileView, Report, RunView, Spread, UpdateView
 
 _EQUAL_SIZE = 0.01  # trainable parameters this close, relatively, count as equal
 _NAMED_PLANS = 2  # more plans than this are summed up in one paragraph
@@ -198,11 +198,15 @@ def _sizes(runs: Sequence[RunView]) -> list[str]:
 
 
 def _blocks(runs: Sequence[RunView]) -> list[str]:
-    blocked = {run.method: run.blocks for run in runs if run.blocks and run.blocks.max > 1}
+    blocked: dict[str, list[Spread]] = {}
+    for run in runs:
+        if run.blocks and run.blocks.max > 1:
+            blocked.setdefault(run.method, []).append(run.blocks)
     return [
-        f"The gradients asked for {short(blocks.mean)} blocks per module on average with "
-        f"{method} ({blocks.min:g} to {blocks.max:g})."
-        for method, blocks in blocked.items()
+        f"The gradients asked for {short(sum(b.mean for b in spreads) / len(spreads))} blocks per "
+        f"module on average with {method} ({min(b.min for b in spreads):g} to "
+        f"{max(b.max for b in spreads):g})."
+        for method, spreads in blocked.items()
     ]
 
 

@@ -116,7 +116,7 @@ class AnalysisCallback(TrainerCallback):
             "u_max": _finite(float(u.max())),
             "grid_min": _finite(float(points.min())),
             "grid_max": _finite(float(points.max())),
-            "factorised": factorised > dense,
+            "factorised": factorised > dense if factorised + dense else None,
         }
 
     def _drawn(self, layer: LrLoraLinear) -> dict[str, Any]:

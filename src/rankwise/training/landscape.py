@@ -96,7 +96,12 @@ def run_landscape(
     if data.description()["held_out"] != record.data.get("held_out"):
         raise DataError(
             f"{config.data.held_out or config.data.train}: the held-out text is no longer that of "
-            f"{run}; put the data back as it was."
+            f"{run}; put the data back as it was"
+            + (
+                ", or train again: packing kept less of rows of prompt and completion before."
+                if config.data.packing
+                else "."
+            )
         )
     trained = model.requires_grad_(True) if config.is_full else _adapted(model, run, record)
     loader = data.held_out_loader(settings.batch_size)

@@ -144,7 +144,8 @@ def _save_trained(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, folder: 
 
 def _save(run: TrainingRun, tokenizer: PreTrainedTokenizerBase, output: Path, logs: Path) -> None:
     """Everything the run leaves, all or nothing."""
-    with new_folder(output, marker=RECORD_FILE) as folder:
+    written = _replaceable(output)
+    with new_folder(output, marker=RECORD_FILE, written=written) as folder:
         trained = folder / (MODEL_FOLDER if run.plan is None else ADAPTER_FOLDER)
         _save_trained(run, tokenizer, trained)
         if run.plan is not None:

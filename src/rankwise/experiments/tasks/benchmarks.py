@@ -83,10 +83,11 @@ class BenchmarkTask(CompletionTask):
         return "loss"
 
     def definitions(self) -> Sequence[Path]:
-        """What `include_path` holds."""
+        """The task files and functions of `include_path`; importing these writes others there."""
         if not self.include_path:
             return ()
-        return sorted(path for path in Path(self.include_path).rglob("*") if path.is_file())
+        kinds = (".yaml", ".yml", ".py")
+        return sorted(p for p in Path(self.include_path).rglob("*") if p.suffix in kinds)
 
     def load(self) -> TaskData:
         """Read, split and encode, and see whether lm-eval can run the benchmarks.

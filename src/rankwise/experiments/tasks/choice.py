@@ -120,8 +120,9 @@ def completions_of(completion: str, answer: str, choices: Sequence[str]) -> list
     Raises:
         DataError: The completion does not mention the answer as a word of its own.
     """
+    # not a part of another word of Latin letters; others know no spaces between words
     word = rf"(?<!\w){re.escape(answer)}(?!\w)"
-    mentions = list(re.finditer(word, completion))
+    mentions = list(re.finditer(word, completion, re.ASCII))
     if not mentions:
         raise DataError(
             f"a row's completion {completion!r} does not mention its answer {answer!r}, so that "

@@ -91,7 +91,7 @@ function cuts(name) {
   const at = new Map();
   for (const view of report.plans) {
     const m = view.modules[name];
-    if (m === undefined) continue;
+    if (m === undefined || view.serving.adapter === "lr-lora") continue;
     at.set(m.reach, [...(at.get(m.reach) ?? []), view.label]);
   }
   return [...at].sort((a, b) => a[0] - b[0]).map(([reach, labels]) => ({ reach, label: labels.join(", ") }));

@@ -1,14 +1,18 @@
 // The table of every module, made from the numbers of report.json when it is first opened.
 const everyModule = document.querySelector("#modules details");
 
+// Null where nothing says it, or where two models have a module of this name in other shapes.
 function moduleShape(name) {
+  let found = null;
   for (const part of ["profiles", "plans", "updates"]) {
     for (const view of report[part]) {
       const m = view.modules[name];
-      if (m !== undefined && m.d_in !== null) return m;
+      if (m === undefined || m.d_in === null) continue;
+      if (found !== null && (m.d_in !== found.d_in || m.d_out !== found.d_out)) return null;
+      found = m;
     }
   }
-  return null;
+  return found;
 }
 
 function moduleRow(name, shows) {
