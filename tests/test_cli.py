@@ -211,6 +211,40 @@ def test_the_demo_command_says_the_demos_own_defaults() -> None:
     }
 
 
+def test_the_demo_compares_and_reports(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", place / "model", "--data", place / "train.jsonl", "--steps", 2]
+    small = ["--batches", 1, "--batch-size", 2, "--max-length", 16, "--out", tmp_path / "demo"]
+    assert call("demo", *given, *small) == 0
+    shown = capsys.readouterr().out
+    for words in ("ralora", "lora", "held-out loss before", "one seed, 2 steps", "report.html"):
+        assert words in shown
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "ralora" in page and len(page) > 1e6
+    assert (tmp_path / "demo" / "lora" / "record.json").is_file()
+
+
+def test_what_the_docs_show_reaches_the_library(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert call("train", place / "run.yaml", f"output={run}", "--track", "gid") == 0
+    assert (run / "tracking.json").is_file()
+    card = tmp_path / "card.md"
+    assert call("report", run, "--out", tmp_path / "page.html", "--card", card) == 0
+    assert "|" in card.read_text()
+    options = ["--points", 3, "--span", 0.5, "--normalise", "filter", "--seed", 4]
+    assert call("landscape", run, *options) == 0
+    found = json.loads((run / "landscape.json").read_text())
+    assert (found["at"], found["normalisation"], found["seed"]) == ([-0.5, 0.0, 0.5], "filter", 4)
+    capsys.readouterr()
+    assert call("profile", place / "model", place / "train.jsonl", "--out", tmp_path / "p") == 0
+    capsys.readouterr()
+    assert call("plan", tmp_path / "p", "r=2", "--markdown") == 0
+    assert capsys.readouterr().out.startswith("### Adapter ranks: ralora-pro")
+
+
 def test_help_is_quick_and_lists_every_command() -> None:
     code = (
         "import sys; from rankwise.cli import main\n"

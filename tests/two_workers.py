@@ -20,7 +20,8 @@ from dynamic_runs import WATER, adamw, attached, trainer_run
 from rankwise.dynamic import DynamicRanks
 from rankwise.dynamic.saved import read_saved
 from rankwise.methods import Method
-from tiny_models import token_batch
+from rankwise.plan import ModulePlan, RankPlan
+from tiny_models import tiny_llama, token_batch
 
 METHODS: dict[str, Method] = {
     "water-fill": WATER,
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
     "lora-gid": rw.LoraGid(r=4, r_max=8),
     "compose": rw.Compose(r=4, r_max=8, statistic="gram", estimator="stable-rank"),
 }
+OUR_ADAPTERS = ("ralora", "lr-lora")
 STEPS, INTERVAL, WINDOW, SAVED_AT = 8, 4, 3, 6
 """Events after steps 4 and 8; step 6 begins a window."""
 NAN_AT = 5
@@ -123,6 +125,33 @@ def every_method(folder: Path, worker: int) -> dict[str, Any]:
         found[name] = train(ranks, optimizer, worker)
         torch.save(weights(ranks), folder / f"{name}.{worker}.pt")
     return found
+
+
+def our_adapter(kind: str, worker: int | None) -> list[torch.Tensor]:
+    """Adapters with backward passes of their own under DDP, or in one process on all batches."""
+    torch.manual_seed(0)
+    base = tiny_llama().double()
+    targets = rw.find_targets(base)
+    if kind == "ralora":
+        modules = {n: ModulePlan(s.d_in, s.d_out, 2, 2) for n, s in targets.items()}
+        model = rw.attach(base, RankPlan("by hand", "ralora", 2, 4.0, None, modules))
+    else:
+        model = rw.attach(base, rw.Lora(r=4).plan(targets), adapter="lr-lora")
+    model = model.double()
+    optimizer = adamw(model)
+    trained = model if worker is None else DistributedDataParallel(model)
+    for step in range(4):
+        trained(**(joined(step) if worker is None else halves(step)[worker])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+def our_adapters(folder: Path, worker: int) -> dict[str, Any]:
+    """Their weights, in a file each."""
+    for kind in OUR_ADAPTERS:
+        torch.save(our_adapter(kind, worker), folder / f"{kind}.{worker}.pt")
+    return {}
 
 
 def faults(folder: Path, worker: int) -> dict[str, Any]:
@@ -223,7 +252,7 @@ def main(folder: Path, worker: int, port: str) -> None:
     os.environ |= {"RANK": str(worker), "LOCAL_RANK": str(worker), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     dist.init_process_group("gloo")
-    for scenario in (every_method, faults, resumed, trainer, sharded, widowed):
+    for scenario in (every_method, our_adapters, faults, resumed, trainer, sharded, widowed):
         outcome = scenario(folder, worker)
         (folder / f"{scenario.__name__}.{worker}.json").write_text(json.dumps(outcome))
 

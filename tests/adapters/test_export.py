@@ -346,6 +346,23 @@ class TestMerged:
             export_merged(model, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
+    def test_nothing_is_written_when_the_outputs_differ(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        model = live_model(tiny_llama())
+        kind = type(model.get_base_model())
+        save = kind.save_pretrained
+
+        def damaged(self: PreTrainedModel, folder: str, **options: Any) -> None:
+            with torch.no_grad():
+                self.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(0.5)
+            save(self, folder, **options)
+
+        monkeypatch.setattr(kind, "save_pretrained", damaged)
+        with pytest.raises(ExportError, match="outputs of the merged model differ from the live"):
+            export_merged(model, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
 
 class TestNative:
     @pytest.mark.parametrize("adapter", ["default", "other"])

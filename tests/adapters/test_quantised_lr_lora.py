@@ -88,9 +88,16 @@ def test_merging_is_undone(kind: str, folder: Path) -> None:
     train_by_chance_(model)
     model.eval()
     expected = model(TOKENS).logits
+    layers = [m for m in model.modules() if isinstance(m, LrLoraLinear)]
+    before = [held_weight(layer.base_layer) for layer in layers]
+    deltas = [layer.delta_weight("default").detach() for layer in layers]
     model.merge_adapter()
+    assert all(layer.merged for layer in layers)
     merged = model(TOKENS).logits
     # merging rounds to the quantised weights
     assert (merged - expected).abs().mean() < 0.5 * expected.abs().mean()
     model.unmerge_adapter()
+    assert not any(layer.merged for layer in layers)
+    for layer, old, delta in zip(layers, before, deltas, strict=True):
+        assert (held_weight(layer.base_layer) - old).norm() < 0.5 * delta.norm()
     assert (model(TOKENS).logits - expected).abs().mean() < 0.5 * expected.abs().mean()

@@ -70,6 +70,14 @@ def test_two_workers_are_one_process_on_the_joined_batch(folder: Path, name: str
         assert_close(two.weights(ranks), folder / f"{name}.{worker}.pt")
 
 
+@pytest.mark.parametrize("kind", two.OUR_ADAPTERS)
+def test_our_adapters_train_under_ddp_as_on_the_joined_batch(folder: Path, kind: str) -> None:
+    expected = two.our_adapter(kind, None)
+    assert any(weight.abs().max() > 1e-3 for weight in expected)
+    for worker in (0, 1):
+        assert_close(expected, folder / f"{kind}.{worker}.pt")
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 def test_a_part_that_is_not_finite_drops_the_batch_on_every_worker(folder: Path, name: str) -> None:
     one, other = outcomes(folder, "faults")

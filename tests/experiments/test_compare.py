@@ -26,6 +26,11 @@ def _run(document: dict[str, Any]) -> Board:
     return run_experiment(make_experiment(document))
 
 
+def _never(*_: Any) -> CellRecord:
+    """In place of `run_cell`; a failure of pytest's is none that a cell may have."""
+    pytest.fail("a cell was run")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Board, Path]:
     folder = tmp_path_factory.mktemp("compare")
@@ -138,7 +143,7 @@ def test_a_finished_record_is_never_run_twice(
     finished: tuple[Board, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board, _ = finished
-    monkeypatch.setattr(compare_module, "run_cell", None)
+    monkeypatch.setattr(compare_module, "run_cell", _never)
     again = run_experiment(board.config)
     assert [r.name for r in again.records()] == [r.name for r in board.records()]
 
@@ -150,7 +155,7 @@ def test_experiments_of_one_workspace_share_their_runs(
     document["workspace"] = str(tmp_path / "runs")
     first = _run(document)
     assert len(first.records()) == first.total()
-    monkeypatch.setattr(compare_module, "run_cell", None)
+    monkeypatch.setattr(compare_module, "run_cell", _never)
     second = _run(document | {"output": str(tmp_path / "view"), "methods": ["rslora"]})
     assert [r.name for r in second.records()] == [
         r.name for r in first.records() if r.label == "rslora"
@@ -327,7 +332,7 @@ def test_changed_data_stop_the_command_before_the_first_cell(
     _run(document)
     rows = [{"question": f"another {i}", "answer": f"text {i}"} for i in range(30)]
     write_rows(tmp_path / "train.jsonl", rows)
-    monkeypatch.setattr(compare_module, "run_cell", None)
+    monkeypatch.setattr(compare_module, "run_cell", _never)
     with pytest.raises(ConfigError, match="task lines: its data changed since its finished"):
         _run(document | {"seeds": [0, 1]})
 
@@ -338,7 +343,7 @@ def test_a_changed_base_stops_the_command_before_the_next_cell(
     document = write_experiment(tmp_path, methods=["lora"], seeds=[0])
     _run(document)
     save_tiny_llama(Path(document["model"]), seed=7)
-    monkeypatch.setattr(compare_module, "run_cell", None)
+    monkeypatch.setattr(compare_module, "run_cell", _never)
     with pytest.raises(ConfigError, match="task lines: its base model changed since its finished"):
         _run(document | {"seeds": [0, 1]})
 

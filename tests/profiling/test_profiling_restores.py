@@ -261,7 +261,8 @@ class TestHalfPrecision:
             assert found.sensitivity == pytest.approx(exact.sensitivity, rel=0.01)
             assert found.fisher == pytest.approx(exact.fisher, rel=0.02)
             assert half.gram and full.gram
-            torch.testing.assert_close(half.gram[name], full.gram[name], rtol=0.02, atol=1e-3)
+            off = (half.gram[name] - full.gram[name]).norm()
+            assert full.gram[name].norm() > 0 and off < 0.02 * full.gram[name].norm()
 
 
 class TestProvenance:

@@ -161,7 +161,7 @@ def test_f0_is_taken_where_the_adapter_lies() -> None:
     assert len(callback.document()["steps"]) == 1
 
 
-def test_no_step_is_recorded_twice() -> None:
+def test_nothing_is_recorded_before_training() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LrLoraConfig(r=2, target_modules=["0"]))
     callback = AnalysisCallback(model, [0])
     assert callback.factorised_share() is None

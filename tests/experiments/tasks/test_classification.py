@@ -73,10 +73,35 @@ class TestClassification:
             task.load()
 
 
+# columns, metric and labels as on the hub and in the papers (Wang et al. 2018)
+GLUE_AS_PUBLISHED = {
+    "cola": ("sentence", None, "matthews", 2),
+    "sst2": ("sentence", None, "accuracy", 2),
+    "mrpc": ("sentence1", "sentence2", "f1", 2),
+    "stsb": ("sentence1", "sentence2", "pearson", 1),
+    "qqp": ("question1", "question2", "f1", 2),
+    "mnli": ("premise", "hypothesis", "accuracy", 3),
+    "qnli": ("question", "sentence", "accuracy", 2),
+    "rte": ("sentence1", "sentence2", "accuracy", 2),
+    "wnli": ("sentence1", "sentence2", "accuracy", 2),
+}
+# label 0 first; Raffel et al. 2020, appendix D
+WORDS = {
+    "cola": ["unacceptable", "acceptable"],
+    "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"],
+    "qqp": ["not_duplicate", "duplicate"],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
+    "wnli": ["not_entailment", "entailment"],
+}
+
+
 def _glue_rows(name, count=10):
-    first, second = GLUE[name].columns
+    first, second, _, labels = GLUE_AS_PUBLISHED[name]
     return [
-        {first: f"it is {i}", "label": i % GLUE[name].labels if name != "stsb" else i / 2}
+        {first: f"it is {i}", "label": i % labels if name != "stsb" else i / 2}
         | ({second: f"and so {i}"} if second else {})
         for i in range(count)
     ]
@@ -92,14 +117,18 @@ class TestGlue:
         BertModel(bert_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "bert")
         return str(tmp_path / "bert")
 
-    @pytest.mark.parametrize("name", GLUE)
+    def test_words_are_those_of_t5(self):
+        assert {name: list(table.words) for name, table in GLUE.items() if table.words} == WORDS
+        assert set(GLUE) == set(GLUE_AS_PUBLISHED)
+
+    @pytest.mark.parametrize("name", GLUE_AS_PUBLISHED)
     def test_every_task_is_read_and_its_metric_measured(self, encoder, tmp_path, name):
         path = str(write_rows(tmp_path / "rows.jsonl", _glue_rows(name)))
         task = GlueTask(model=encoder, train=path, test=path, subset=name, validation_rows=3)
         data, model = task.load(), task.load_model()
-        assert model.config.num_labels == GLUE[name].labels
+        assert model.config.num_labels == GLUE_AS_PUBLISHED[name][3]
         found = task.evaluate(model, data, data.test)
-        assert task.metric == GLUE[name].metric
+        assert task.metric == GLUE_AS_PUBLISHED[name][2]
         assert -1 <= found[task.metric] <= 1
         with torch.no_grad():
             trained = model.eval()(**data.collate(data.test)).loss
