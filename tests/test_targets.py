@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor, nn
+from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -355,24 +355,6 @@ def test_weight_maps_inputs_to_outputs(make: Callable[[], nn.Module]) -> None:
 def test_other_modules_have_no_linear_shape() -> None:
     assert linear_shape(nn.Embedding(3, 5)) is None
     assert linear_shape(nn.Conv1d(3, 5, 1)) is None
-
-
-def test_two_linear_layers_of_one_weight_get_no_adapter() -> None:
-    """Merging into either would write for the other."""
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
-            self.second.weight = self.first.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.third(self.second(self.first(x)))
-
-    found = find_targets(Tied())
-    assert list(found) == ["third"]
-    assert found.left_out["first"] == "tied: it shares its weight with second"
-    assert found.left_out["second"] == "tied: it shares its weight with first"
 
 
 def test_parametrised_weights_are_no_tied_ones() -> None:

@@ -352,10 +352,10 @@ def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]
     Tied weights, into which merging would write for others too, and weights read without a forward.
     """
     reasons: dict[str, str] = {}
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        if (weight := _own_weight(module)) is not None:
-            owners.setdefault(id(weight), []).append(name)
+        if isinstance(module, nn.Embedding) and (weight := _own_weight(module)) is not None:
+            owners.setdefault(id(weight), name)
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             reasons[f"{name}.out_proj"] = "read by MultiheadAttention without calling it"
@@ -366,9 +366,9 @@ def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]
                 reasons[f"{name}.{part}"] = "read by a Mamba mixer without calling it"
         weight = _own_weight(module)
         if name in shapes and weight is not None:
-            others = [owner for owner in owners[id(weight)] if owner != name]
-            if others:
-                reasons[name] = f"tied: it shares its weight with {others[0]}"
+            owner = owners.setdefault(id(weight), name)
+            if owner != name:
+                reasons[name] = f"tied: it shares its weight with {owner}"
     return {name: reason for name, reason in reasons.items() if name in shapes}
 
 
