@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rankwise.artifacts import SavedRun
 from rankwise.methods import Lora, RaLora, WaterFill
 from rankwise.report.load import SourceRun, report_of
 from rankwise.report.words import next_step, percent, short, takeaway
@@ -92,5 +93,9 @@ def test_what_to_train_next_is_another_run_whatever_the_first_was(
     found = load_config(tmp_path / file, overrides)
     assert found.method["name"] == next_method
     assert (found.adapter, found.dynamic, found.plan) == ({}, None, None)
+    if method == "ralora, lr-lora":  # of a run's own plan, whose functions have parameters too
+        saved_run = SavedRun(record, replace(plan, adapter="lr-lora"))
+        _, command = next_step(report_of(runs=[SourceRun(record, "a")], plans=[saved_run]))
+        assert "name: lora, r: 4, alpha: 8" in command
     if method != "full":
         assert (found.method["r"], found.method["alpha"]) == (4, 8)

@@ -107,10 +107,8 @@ def model_card(config: Mapping[str, Any], readers: Sequence[str], *, native: boo
     """
     name = config.get("base_model_name_or_path") or "the base model"
     base = json.dumps(name)
-    kind, auto = (
-        str(config["peft_type"]),
-        _AUTO.get(str(config.get("task_type")), "AutoModelForCausalLM"),
-    )
+    kind, task = str(config["peft_type"]), str(config.get("task_type"))
+    auto = _AUTO.get(task, "AutoModelForCausalLM")
     header = {"base_model": name} if config.get("base_model_name_or_path") else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items())]
     lines += ["library_name: peft", "tags: [lora, rankwise]", "---", "", "# Adapter", ""]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 _BY_TASK = {
@@ -24,6 +23,6 @@ def trained_whole(
     found = {}
     for name in names:
         for entry in entries:
-            if re.fullmatch(rf"(.*\.)?{re.escape(entry)}(\..*)?", name):
+            if f".{entry}." in f".{name}.":
                 found[name] = entry
     return found

@@ -113,7 +113,6 @@ def _find_sources(board: Board, bench: Bench) -> None:
         read_config(model)
     records = board.records() if tasks else []
     for task in tasks.values():
-        bench.data(task)
         for changed in bench.changed_since([r for r in records if r.task == task.name], task):
             raise ConfigError(
                 f"task {task.name}: its {changed} changed since its finished records were made, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from rankwise.report.views import Check, ProfileView, Report, RunView, UpdateView
-from rankwise.report.words import joined, whole
+from rankwise.report.words import joined, seeds_of, whole
 
 _PRECISE = ("float32", "float64")
 
@@ -178,16 +178,13 @@ def _seeds(report: Report) -> list[Check]:
     if len(report.runs) < 2:
         return []
     seeds = sorted({run.seed for run in report.runs})
-    of_each = [
-        len({run.seed for run in report.runs if run.method == method})
-        for method in {run.method for run in report.runs}
-    ]
+    fewest = min(seeds_of(report.runs, run.method) for run in report.runs)
     return [
         Check(
             "together",
             "seeds",
             joined([whole(seed) for seed in seeds]),
-            min(of_each) > 1,
+            fewest > 1,
             "A difference between methods needs several seeds each to mean anything.",
         )
     ]

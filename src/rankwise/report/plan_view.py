@@ -57,13 +57,14 @@ def plan_of_run(saved: SavedRun, profiles: Sequence[GradientProfile] = ()) -> Pl
     if saved.plan.adapter != "lr-lora":
         return view
     # the plan's numbers are without the functions, the record's with them
+    trained = record.trainable_parameters
     return replace(
         view,
         label=record.method,
         method=record.method,
-        parameters=record.trainable_parameters,
+        parameters=trained,
         used=None,
-        even_rank=None,
+        even_rank=saved.plan.even_rank * trained / saved.plan.parameters,
     )
 
 

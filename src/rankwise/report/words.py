@@ -92,7 +92,7 @@ def _between_methods(runs: Sequence[RunView]) -> list[str]:
     methods = {run.method for run in runs}
     if len(methods) < 2:
         return []
-    seeds = [_seeds(runs, method) for method in methods]
+    seeds = [seeds_of(runs, method) for method in methods]
     if min(seeds) == 1:
         whose = "One seed each" if max(seeds) == 1 else "One seed for at least one method"
         notes = [
@@ -162,7 +162,8 @@ def _train(method: str, plans: Sequence[PlanView] = ()) -> str:
     )
 
 
-def _seeds(runs: Sequence[RunView], method: str) -> int:
+def seeds_of(runs: Sequence[RunView], method: str) -> int:
+    """How many seeds a method was run with."""
     return len({run.seed for run in runs if run.method == method})
 
 
