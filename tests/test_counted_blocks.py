@@ -46,3 +46,11 @@ def test_its_parameters_are_loras(profile):
 def test_thresholds_that_cannot_be(threshold):
     with pytest.raises(PlanError, match="threshold="):
         RaLoraThreshold(threshold=threshold)
+
+
+def test_blocks_that_do_not_divide_are_lowered_and_logged(caplog):
+    profile = synthetic_profile({"a": (96, 36)}, gid=32)
+    with caplog.at_level("INFO", logger="rankwise"):
+        plan = RaLoraThreshold(r=1).plan(profile)
+    assert plan.modules["a"].blocks == 4
+    assert "a: 32 blocks do not divide 36 x 96; 4 do" in caplog.text

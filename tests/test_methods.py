@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.errors import PlanError
@@ -82,6 +84,19 @@ class TestLora:
         assert plan.model_fingerprint == "ab" * 8
         assert plan.provenance["profile"]["batches"] == 1
         assert [m.gid for m in plan.modules.values()] == pytest.approx([5.0] * 4)
+
+    def test_convolutions_of_like_name_stay_without(self) -> None:
+        model = nn.Module()
+        model.proj, model.patch = nn.Linear(8, 8), nn.Module()
+        model.patch.proj = nn.Conv2d(3, 8, 2)
+        config = Lora(r=2).plan(find_targets(model)).to_lora_config()
+        adapted = get_peft_model(model, config)
+        layers = [n for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
+        assert layers == ["base_model.model.proj"]
+
+    def test_an_alpha_beyond_every_float(self) -> None:
+        with pytest.raises(PlanError, match="alpha is above"):
+            Lora(alpha=10**400)
 
     def test_no_module(self) -> None:
         with pytest.raises(PlanError, match="at least one module"):

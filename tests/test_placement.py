@@ -44,6 +44,14 @@ def test_layers() -> None:
     assert len(placed_modules(LLAMA, "qkv", layers="odd")) == 6
 
 
+def test_every_stack_has_a_last_layer() -> None:
+    towers = {f"text.layers.{i}.fc": LinearShape(8, 8) for i in range(4)}
+    towers |= {f"vision.layers.{i}.fc": LinearShape(8, 8) for i in range(6)}
+    assert [name[0] + name.split(".")[2] for name in placed_modules(
+        towers, layers="first_last", edge=1
+    )] == ["t0", "t3", "v0", "v5"]  # fmt: skip
+
+
 def test_other_names() -> None:
     bert = {
         f"bert.encoder.layer.0.{kind}": LinearShape(8, 8)

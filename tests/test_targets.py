@@ -282,15 +282,19 @@ class TestRegularExpressions:
         assert list(found) == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
 
     def test_the_end_of_a_name_is_not_enough(self, tiny_llama: PreTrainedModel) -> None:
-        with pytest.raises(TargetError, match=r"did you mean 'q_proj'\?"):
+        with pytest.raises(
+            TargetError, match=r"whole names, such as 'model.*Write '\.\*\(q_proj\)"
+        ):
             find_targets(tiny_llama, "q_proj")
+        with pytest.raises(TargetError, match=r"matches no linear layer .* did you mean 'q_proj'"):
+            find_targets(tiny_llama, "q_prj")
 
     def test_malformed(self, tiny_llama: PreTrainedModel) -> None:
         with pytest.raises(TargetError, match=r"'\(q_proj' is not a regular expression"):
             find_targets(tiny_llama, "(q_proj")
 
     def test_only_containers(self, tiny_llama: PreTrainedModel) -> None:
-        with pytest.raises(TargetError, match="matches no linear layer"):
+        with pytest.raises(TargetError, match="no full name of a linear layer"):
             find_targets(tiny_llama, r".*mlp")
 
 

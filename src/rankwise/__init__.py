@@ -22,6 +22,7 @@ from rankwise.curve import BudgetCurve, budget_curve
 from rankwise.dynamic import DynamicOptions, DynamicRanks, RankCallback, last_checkpoint
 from rankwise.errors import RankwiseError
 from rankwise.methods import Compose, Gard, Lora, LoraGid, LsLora, RaLora, RaLoraPro, WaterFill
+from rankwise.placement import placed_modules
 from rankwise.plan import ModulePlan, RankPlan
 from rankwise.profiling import BatchLoss, GradientProfile, profile_gradients
 from rankwise.report import notebook as _notebook  # noqa: F401
@@ -35,7 +36,7 @@ from rankwise.spectra import (
     stable_rank,
     threshold_rank,
 )
-from rankwise.targets import LinearShape, find_targets, placed_modules
+from rankwise.targets import LinearShape, find_targets
 
 __version__ = "0.1.0"
 

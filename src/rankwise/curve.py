@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +11,7 @@ import numpy as np
 from rankwise.allocation import parameters, rank_limits, water_filling_ranks
 from rankwise.errors import PlanError
 from rankwise.methods.base import caps_of, costs_of, energies_of
+from rankwise.methods.spectral import WaterFill
 from rankwise.profiling import GradientProfile
 from rankwise.tables import make_table, render
 
@@ -76,6 +77,8 @@ class BudgetCurve:
             f"r = {knee.r} ({knee.parameters:,} parameters, budget=r={knee.r}) can capture "
             f"{knee.water_fill:.1%} of the gradient energy measured over {self.batches} batches"
         )
+        if len(self.points) == 1:
+            return f"{captured}; it is the only budget looked at."
         if not later:
             return (
                 f"{captured}, and no doubling up to here adds less than the ones before it: the "
@@ -107,7 +110,7 @@ def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -
     Args:
         profile: Measured gradients.
         ranks: LoRA ranks whose budgets are looked at, each twice the one before; default 1, 2,
-            4, ... up to the smallest module's largest rank.
+            4, ... up to the largest rank of the smaller modules.
 
     Raises:
         PlanError: No rank is given, one is not positive, or they do not double.
@@ -116,16 +119,16 @@ def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -
     kept = {name: np.cumsum(energy) for name, energy in energies.items()}
     total = sum(float(energy[-1]) for energy in kept.values())
     if ranks is None:
-        ranks = [2**i for i in range(min(caps.values()).bit_length())]
+        ranks = [2**i for i in range(_common_cap(caps, costs).bit_length())]
     if not ranks or min(ranks) < 1:
         raise PlanError(f"ranks={list(ranks)!r} must be whole numbers of at least 1.")
     if any(after != 2 * r for r, after in pairwise(ranks)):
         raise PlanError(f"ranks={list(ranks)!r}: each must be twice the one before.")
-    limits = rank_limits(caps, 0, max(caps.values()))
     points = []
     for r in ranks:
         even = {name: min(r, cap) for name, cap in caps.items()}
         budget = parameters(even, costs)
+        limits = rank_limits(caps, 0, WaterFill(r=r).bounds[1])
         best = water_filling_ranks(energies, costs, budget, limits)
         shares = (
             sum(float(kept[name][rank - 1]) for name, rank in chosen.items() if rank) / total
@@ -133,6 +136,19 @@ def budget_curve(profile: GradientProfile, ranks: Sequence[int] | None = None) -
         )
         points.append(BudgetPoint(r, budget, *shares))
     return BudgetCurve(tuple(points), profile.provenance.batches)
+
+
+def _common_cap(caps: Mapping[str, int], costs: Mapping[str, int]) -> int:
+    """The smallest largest rank, but for the smallest modules, which take a twentieth of a budget.
+
+    A gate with one output cannot have more than rank 1, and says nothing about the others.
+    """
+    seen, total = 0, sum(costs.values())
+    for name in sorted(caps, key=lambda name: caps[name]):
+        seen += costs[name]
+        if 20 * seen > total:
+            return caps[name]
+    return max(caps.values())
 
 
 def _gain(point: BudgetPoint, doubled: BudgetPoint | None) -> str:

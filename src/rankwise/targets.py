@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
 
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -72,6 +71,8 @@ class Targets(Mapping[str, LinearShape]):
 
     shapes: Mapping[str, LinearShape]
     left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    look_alikes: tuple[str, ...] = ()
+    """Other modules of the model, of any kind, whose names end in the name of a target."""
 
     def __getitem__(self, name: str) -> LinearShape:
         return self.shapes[name]
@@ -157,7 +158,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
                 f"targets='all-linear' matches no linear layer of {type(model).__name__}: "
                 f"{len(shapes)} were found and all are heads or unusable; name the modules instead."
             )
-        return Targets(chosen, MappingProxyType(left_out))
+        return Targets(chosen, MappingProxyType(left_out), _look_alikes(model, chosen))
 
     matched = _matched_names(targets, modules)
     _refuse_unsupported(matched, modules, shapes, unusable)
@@ -167,71 +168,10 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = ALL_LINEAR) ->
     else:
         unmatched = [target for target in targets if not _ending_in(target, chosen)]
     if unmatched:
-        raise _no_match(unmatched[0], shapes)
+        named = _no_full_match if isinstance(targets, str) else _no_match
+        raise named(unmatched[0], shapes)
     left_out = {name: "not named in targets" for name in shapes if name not in chosen}
-    return Targets(chosen, MappingProxyType(left_out))
-
-
-def placed_modules(
-    targets: Mapping[str, LinearShape],
-    part: Part = "all",
-    *,
-    layers: Layers = "all",
-    edge: int = 8,
-) -> list[str]:
-    """The targets of one kind, in some layers (LR-LoRA tables 19 and 23).
-
-    Args:
-        targets: As `find_targets` returns them.
-        part: `"attention"` and `"mlp"` by the name of the block they sit in, `"qkv"` and
-            `"gate_up"` by their own.
-        layers: `"odd"` and `"even"` by the number in the name, which starts at 0; `"first_last"`
-            for the first and the last `edge` layers.
-        edge: Of `"first_last"`; default 8 (the same).
-
-    Returns:
-        Full module names in model order, for `target_modules`.
-
-    Raises:
-        TargetError: Nothing is left, or an option is not known.
-    """
-    for name, value, allowed in (("part", part, _PARTS), ("layers", layers, _LAYERS)):
-        if value not in allowed:
-            raise TargetError(f"{name}={value!r} is not known; {nearest(str(value), allowed)}")
-    positions = {name: layer_position(name) for name in targets}
-    last = max((p.index for p in positions.values() if p.index is not None), default=-1)
-
-    def in_layers(index: int | None) -> bool:
-        if layers == "all":
-            return True
-        if index is None:
-            return False
-        if layers == "first_last":
-            return index < edge or index > last - edge
-        return index % 2 == (layers == "odd")
-
-    chosen = [
-        name
-        for name, position in positions.items()
-        if re.search(_PARTS[part], position.kind) and in_layers(position.index)
-    ]
-    if not chosen:
-        raise TargetError(
-            f"part={part!r} with layers={layers!r} leaves none of the {len(positions)} targets."
-        )
-    return chosen
-
-
-Part = Literal["all", "attention", "mlp", "qkv", "gate_up"]
-Layers = Literal["all", "odd", "even", "first_last"]
-_PARTS: Mapping[str, str] = {
-    "all": "",
-    "attention": r"(^|[._])(self_attn|self_attention|attn|attention)([._]|$)",
-    "mlp": r"(^|[._])(mlp|ffn|feed_forward|intermediate)([._]|$)|^output\.dense$",
-    "qkv": r"(^|[._])(q|k|v|query|key|value|qkv|c_attn)(_proj|_lin)?$",
-    "gate_up": r"(^|[._])(gate|up|gate_up)_proj$",
-}
-_LAYERS: tuple[str, ...] = ("all", "odd", "even", "first_last")
+    return Targets(chosen, MappingProxyType(left_out), _look_alikes(model, chosen))
 
 
 def exact_target_modules(names: Sequence[str], model_names: Sequence[str]) -> list[str] | str:
@@ -270,6 +210,10 @@ def look_alikes(names: Iterable[str], others: Iterable[str]) -> list[str]:
     ]
 
 
+def _look_alikes(model: nn.Module, chosen: Iterable[str]) -> tuple[str, ...]:
+    return tuple(look_alikes(chosen, [name for name, _ in model.named_modules()]))
+
+
 def _matched_names(targets: str | Sequence[str], modules: Mapping[str, nn.Module]) -> set[str]:
     if isinstance(targets, str):
         try:
@@ -297,6 +241,17 @@ def _no_match(target: str, shapes: Mapping[str, LinearShape]) -> TargetError:
     return TargetError(
         f"targets: {target!r} matches no linear layer of this model; "
         f"{nearest(target, kinds)} ('all-linear' selects every layer but the heads.)"
+    )
+
+
+def _no_full_match(pattern: str, shapes: Mapping[str, LinearShape]) -> TargetError:
+    example = next((name for name in shapes if re.search(pattern, name)), None)
+    if example is None:
+        return _no_match(pattern, shapes)
+    return TargetError(
+        f"targets: {pattern!r} matches no full name of a linear layer; a string is a regular "
+        f"expression of whole names, such as {example!r}. Write '.*({pattern}).*' for all that "
+        "contain it, or a list, whose items match the ends of names."
     )
 
 
@@ -349,7 +304,8 @@ def _heads(model: nn.Module, shapes: Mapping[str, LinearShape]) -> dict[str, str
 def unusable_layers(model: nn.Module, shapes: Collection[str]) -> dict[str, str]:
     """Which of these linear layers no adapter can serve, and why, as in "it is ...".
 
-    Tied weights, into which merging would write for others too, and weights read without a forward.
+    Weights tied to an embedding, into which merging would write for it too; of several layers with
+    one weight all but the first, which counts for them; and weights read without a forward.
     """
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}

@@ -13,9 +13,10 @@ import rankwise as rw
 from dynamic_runs import WATER, adamw, attached, plain_run
 from rankwise.adapters.factors import lora_factors
 from rankwise.dynamic import DynamicRanks
+from rankwise.dynamic.estimates import default_method
 from rankwise.dynamic.window import Window
 from rankwise.errors import DynamicError, PlanError
-from tiny_models import token_batch
+from tiny_models import synthetic_profile, token_batch
 
 METHODS = [WATER, rw.Gard(r=4, r_max=8), rw.LsLora(r=4), rw.Compose(r=4, r_max=8)]
 by_and_along = pytest.mark.parametrize(
@@ -343,3 +344,9 @@ def test_unknown_modes_and_optimizers_are_refused() -> None:
 def test_the_default_method_is_gard_between_one_and_twice_the_rank() -> None:
     model, plan = attached()
     assert DynamicRanks(model, plan).method == rw.Gard(r=4, r_max=8)
+
+
+def test_a_budget_in_words_leaves_room_to_move() -> None:
+    profile = synthetic_profile({name: (64, 64) for name in "abcd"})
+    plan = rw.Compose(rule="uniform", r=2, budget="r=16").plan(profile)
+    assert default_method(plan) == rw.Gard(r=2, r_max=32)

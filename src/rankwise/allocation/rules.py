@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -234,13 +234,24 @@ class _ByEnergy:
 
 def _spend(modules: Modules, order: Order, budget: int) -> dict[str, int]:
     ranks = take_prefix(modules, order, budget)
-    kinds = kinds_of(modules)
-    if kinds is None:
-        ranks = take_all(modules, order, ranks, budget)
-    else:
+    living = _without_dead(modules, order)
+    kinds = kinds_of(living)
+    if kinds is not None:
         energy = order.quanta if isinstance(order, _ByEnergy) else None
-        ranks = complete(modules, order, ranks, budget - modules.total(ranks), kinds, energy)
-    return modules.named(ranks)
+        ranks = complete(living, order, ranks, budget - modules.total(ranks), kinds, energy)
+    return modules.named(take_all(modules, order, ranks, budget))
+
+
+def _without_dead(modules: Modules, order: Order) -> Modules:
+    """The modules with those of weight zero held at their smallest rank, unless all are.
+
+    What is left is spent on the living first: their total is then the largest that they reach, and
+    where it rises with the budget it takes all of it, so that the sum of both never falls.
+    """
+    dead = order.weight <= 0 if isinstance(order, _Proportional) else np.zeros(0, dtype=bool)
+    return (
+        modules if dead.all() else replace(modules, high=np.where(dead, modules.low, modules.high))
+    )
 
 
 def _modules(

@@ -85,13 +85,14 @@ def rule_of(method: Method) -> Rule:
 
 
 def default_method(plan: RankPlan) -> Gard:
-    """GARD between rank 1 and twice the reference rank, or the plan's largest rank.
+    """GARD between rank 1 and twice the rank that the parameters pay for, or the plan's largest.
 
     The bound is lower than that of a static plan because masked slots cost time and memory whether
     they are used or not.
     """
     largest = max(module.rank for module in plan.modules.values())
-    return Gard(r=plan.r_ref, alpha=plan.alpha, r_max=max(2 * plan.r_ref, largest))
+    even = max(plan.r_ref, round(plan.even_rank))  # a budget in words may pay for more than r_ref
+    return Gard(r=plan.r_ref, alpha=plan.alpha, r_max=max(2 * even, largest))
 
 
 def limits_of(method: Method, plan: RankPlan, budget: int) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
@@ -22,7 +23,7 @@ from rankwise.allocation import (
 from rankwise.errors import PlanError
 from rankwise.plan import AdapterKind, BlockOptions, RankPlan, module_plans
 from rankwise.profiling import GradientProfile, Statistic
-from rankwise.targets import LinearShape, Targets, look_alikes
+from rankwise.targets import LinearShape, Targets
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check_positive_int("r", self.r)
-        if not (is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
+        if not (is_number(self.alpha) and 0 < self.alpha < math.inf):
             raise PlanError(f"alpha={self.alpha!r} must be a positive number.")
+        if self.alpha > sys.float_info.max:  # not shown: it may have more digits than Python prints
+            raise PlanError(f"alpha is above {sys.float_info.max}, no number to scale by.")
 
     @property
     def profile_batches(self) -> int:
@@ -76,6 +79,12 @@ class Method(ABC):
     ) -> RankPlan:
         profile = source if isinstance(source, GradientProfile) else None
         shapes = shapes_of(source)
+        if shapes and budget is not None and not any(ranks.values()):
+            cheapest = min(shape.rank_cost for shape in shapes.values())
+            raise PlanError(
+                f"a budget of {budget:,} parameters pays for no adapter: the cheapest rank takes "
+                f"{cheapest:,}. Raise budget or r."
+            )
         provenance: dict[str, Any] = {"options": self._options()}
         if profile is not None:
             provenance["profile"] = asdict(profile.provenance)
@@ -107,10 +116,7 @@ class Method(ABC):
     def _options(self) -> dict[str, Any]:
         """The options as JSON can hold them; an earlier plan by its ranks."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            key: ranks_of(value) if isinstance(value, RankPlan) else value
-            for key, value in options.items()
-        }
+        return {key: _plain(value) for key, value in options.items()}
 
 
 def _remainder(
@@ -137,7 +143,13 @@ def _energy(
 def _look_alikes(source: GradientProfile | Mapping[str, LinearShape]) -> list[str]:
     if isinstance(source, GradientProfile):
         return list(source.provenance.look_alikes)
-    return look_alikes(source, source.left_out) if isinstance(source, Targets) else []
+    return list(source.look_alikes) if isinstance(source, Targets) else []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RankPlan):
+        return ranks_of(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def ranks_of(plan: RankPlan) -> dict[str, int]:

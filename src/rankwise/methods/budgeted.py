@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from rankwise.allocation import Limits, box_limits, fix_limits, rank_limits
@@ -19,6 +20,9 @@ from rankwise.methods.base import (
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
 from rankwise.targets import LinearShape
+
+NO_BUDGET = "none"
+"""A word for ranks that no budget limits; r then only sets the scale."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class BudgetedMethod(Method):
     r_min: int | None = None
     r_max: int | None = None
     budget: int | str | None = None
-    around: RankPlan | str | None = None
+    around: RankPlan | str | Path | None = None
     delta: int = 2
     fixed: Mapping[str, int] = field(default_factory=dict)
 
@@ -54,8 +58,8 @@ class BudgetedMethod(Method):
         if not is_whole(low) or low < 0:
             raise PlanError(f"r_min={low!r} must be a whole number of at least 0.")
         check_positive_int("r_max", high)
-        own_rank = self.budget is None or self.budget in self.budget_words
-        if own_rank and not low <= self.r <= high:
+        at_rank = self.budget is None or self.budget in self.budget_words
+        if at_rank and self.budget != NO_BUDGET and not low <= self.r <= high:
             raise PlanError(f"r_min={low} <= r={self.r} <= r_max={high} must hold.")
         if low > high:
             raise PlanError(f"r_min={low} <= r_max={high} must hold.")
@@ -68,7 +72,7 @@ class BudgetedMethod(Method):
         check_positive_int("delta", self.delta)
         if not isinstance(self.fixed, Mapping) or not all(map(is_whole, self.fixed.values())):
             raise PlanError(f"fixed={self.fixed!r} must be whole ranks by module name.")
-        if not isinstance(self.around, RankPlan | str | None):
+        if not isinstance(self.around, RankPlan | str | Path | None):
             raise PlanError(f"around={self.around!r} must be a plan or the file it is in.")
 
     @property

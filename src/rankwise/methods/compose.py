@@ -14,7 +14,7 @@ from rankwise.allocation import proportional_ranks, uniform_ranks, water_filling
 from rankwise.errors import PlanError, nearest
 from rankwise.methods.base import costs_of, energies_of
 from rankwise.methods.budgeted import BudgetedMethod
-from rankwise.methods.uniform import BlockMethod, blocks_by_gid
+from rankwise.methods.uniform import BlockMethod, blocks_by_dimension
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile, Statistic
 from rankwise.spectra import (
@@ -117,7 +117,11 @@ class Compose(BudgetedMethod, BlockMethod):
             if self.rule == "smoothed":
                 scores = {name: score / math.sqrt(costs[name]) for name, score in scores.items()}
             ranks = proportional_ranks(scores, costs, budget, limits)
-        blocks = blocks_by_gid(profile, ranks, self.n_max) if self.adapter == "ralora" else None
+        blocks = (
+            blocks_by_dimension(profile, profile.gid, ranks, self.n_max)
+            if self.adapter == "ralora"
+            else None
+        )
         return self._assemble(profile, ranks, blocks=blocks, budget=budget, limits=limits)
 
     def _default_bounds(self, r: int) -> tuple[int, int]:

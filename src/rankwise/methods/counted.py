@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rankwise.allocation import block_count, dividing_blocks
 from rankwise.errors import PlanError
 from rankwise.methods.base import check_rank_fits, shapes_of
-from rankwise.methods.uniform import RaLora
+from rankwise.methods.uniform import RaLora, blocks_by_dimension
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile
 from rankwise.spectra import threshold_rank
@@ -45,17 +44,11 @@ class RaLoraThreshold(RaLora):
         self._check_profile(profile)
         shapes = shapes_of(profile)
         check_rank_fits(self.r, shapes)
-        blocks = {
-            name: dividing_blocks(
-                block_count(
-                    threshold_rank(profile.singular_values[name], self.threshold),
-                    self.r,
-                    self.n_max,
-                ),
-                shape.d_in,
-                shape.d_out,
-            )
-            for name, shape in shapes.items()
+        counts = {
+            name: threshold_rank(values, self.threshold)
+            for name, values in profile.singular_values.items()
         }
+        ranks = dict.fromkeys(shapes, self.r)
+        blocks = blocks_by_dimension(profile, counts, ranks, self.n_max)
         budget = self.r * sum(shape.rank_cost for shape in shapes.values())
-        return self._assemble(profile, dict.fromkeys(shapes, self.r), blocks=blocks, budget=budget)
+        return self._assemble(profile, ranks, blocks=blocks, budget=budget)

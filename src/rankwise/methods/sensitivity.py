@@ -8,7 +8,7 @@ from typing import ClassVar
 from rankwise.allocation import Limits, proportional_ranks, sensitivity_ranks, smoothed_shares
 from rankwise.methods.base import costs_of
 from rankwise.methods.budgeted import BudgetedMethod
-from rankwise.methods.uniform import RaLora, blocks_by_gid
+from rankwise.methods.uniform import RaLora, blocks_by_dimension
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile
 
@@ -78,7 +78,7 @@ class RaLoraPro(SensitivityMethod, RaLora):
         """
         self._check_profile(profile)
         ranks, budget, limits = self._ranks(profile)
-        blocks = blocks_by_gid(profile, ranks, self.n_max)
+        blocks = blocks_by_dimension(profile, profile.gid, ranks, self.n_max)
         return self._assemble(profile, ranks, blocks=blocks, budget=budget, limits=limits)
 
 

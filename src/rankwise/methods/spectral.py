@@ -10,7 +10,7 @@ from typing import ClassVar
 from rankwise.allocation import proportional_ranks, water_filling_ranks
 from rankwise.errors import PlanError
 from rankwise.methods.base import check_positive_int, costs_of, energies_of
-from rankwise.methods.budgeted import BudgetedMethod
+from rankwise.methods.budgeted import NO_BUDGET, BudgetedMethod
 from rankwise.plan import AdapterKind, RankPlan
 from rankwise.profiling import GradientProfile, Statistic
 
@@ -36,9 +36,9 @@ class LoraGid(BudgetedMethod):
 
     name: ClassVar[str] = "lora-gid"
     adapter: ClassVar[AdapterKind] = "lora"
-    budget_words: ClassVar[tuple[str, ...]] = ("none", "exact")
+    budget_words: ClassVar[tuple[str, ...]] = (NO_BUDGET, "exact")
 
-    budget: int | str | None = "none"
+    budget: int | str | None = NO_BUDGET
 
     def _default_bounds(self, r: int) -> tuple[int, int]:
         return 1, 2**31
@@ -51,7 +51,7 @@ class LoraGid(BudgetedMethod):
         """
         self._check_profile(profile)
         limits = self._limits(profile)
-        if self.budget == "none":
+        if self.budget == NO_BUDGET:
             # a GID of 64 measured as 64.0000000001 is 64
             wanted = {name: math.ceil(gid - 1e-9) for name, gid in profile.gid.items()}
             ranks = {n: min(max(rank, limits[n][0]), limits[n][1]) for n, rank in wanted.items()}
@@ -101,9 +101,10 @@ class Gard(BudgetedMethod):
 
     `e_l` is the energy rank of the Gram matrix of M batch gradients, the smallest k whose largest
     eigenvalues hold `energy` of its trace; `r_l = clip(round(r_min + c e_l / sum e))` with the
-    largest c within the budget (GARD section 3.2). What rounding left over goes to the modules that
-    rounding cut most; ties by the fractional crossing of the energy, then by the trace, then by
-    name. `e_l` counts batch gradients, at most M; it is not the rank of a gradient matrix.
+    largest c within the budget (GARD section 3.2). What rounding left over is spent as
+    `rankwise.allocation.proportional_ranks` says; ties by the fractional crossing of
+    the energy, then by the trace, then by name. `e_l` counts batch gradients, at most M; it is not
+    the rank of a gradient matrix.
 
     Attributes:
         r_min: Smallest rank; default 1. The paper names no bounds.

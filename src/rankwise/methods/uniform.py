@@ -96,17 +96,26 @@ class RaLora(BlockMethod):
         check_rank_fits(self.r, shapes)
         ranks = dict.fromkeys(shapes, self.r)
         budget = self.r * sum(shape.rank_cost for shape in shapes.values())
-        blocks = blocks_by_gid(profile, ranks, self.n_max)
+        blocks = blocks_by_dimension(profile, profile.gid, ranks, self.n_max)
         return self._assemble(profile, ranks, blocks=blocks, budget=budget)
 
 
-def blocks_by_gid(profile: GradientProfile, ranks: Mapping[str, int], n_max: int) -> dict[str, int]:
-    """Blocks of every module of positive rank, lowered to what divides its dimensions."""
+def blocks_by_dimension(
+    profile: GradientProfile, dimensions: Mapping[str, float], ranks: Mapping[str, int], n_max: int
+) -> dict[str, int]:
+    """Blocks of every module of positive rank, lowered to what divides its shape, which is logged.
+
+    Args:
+        profile: Measured gradients.
+        dimensions: What the blocks are to reach, such as the GID, per module.
+        ranks: Rank per module.
+        n_max: Largest number of blocks, a power of two.
+    """
     blocks: dict[str, int] = {}
     for name, module in profile.modules.items():
         if not ranks[name]:
             continue
-        wanted = block_count(profile.gid[name], ranks[name], n_max)
+        wanted = block_count(dimensions[name], ranks[name], n_max)
         blocks[name] = dividing_blocks(wanted, module.d_in, module.d_out)
         if blocks[name] != wanted:
             logger.info(

@@ -132,9 +132,12 @@ class RankPlan(Displayed):
             raise PlanError(f"r_ref={self.r_ref} must be at least 1.")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise PlanError(f"alpha={self.alpha} must be a positive number.")
-        if self.adapter != "ralora" and any(m.blocks > 1 for m in self.modules.values()):
+        most = max(module.blocks for module in self.modules.values())
+        if self.adapter != "ralora" and most > 1:
             raise PlanError(
-                f"adapter {self.adapter!r} has one block per module; use adapter 'ralora'."
+                f"adapter {self.adapter!r} has one block per module, and this plan by "
+                f"{self.method} up to {most}; use adapter 'ralora', or plan with lora, lora-gid, "
+                "gard, water-fill or ls-lora."
             )
         if self.adapter != "ralora" and self.block_options != BlockOptions():
             raise PlanError(

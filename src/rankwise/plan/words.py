@@ -38,6 +38,8 @@ def totals(plan: RankPlan) -> str:
     text = f"{_modules(len(plan.modules))}, {plan.parameters:,} trainable parameters"
     if plan.budget is not None:
         text += f" of {plan.budget:,} ({remainder(plan)})"
+    if plan.adapter == "lr-lora":
+        text += ", and those of the functions f, 2 K a module, beside it"
     if plan.left_out:
         text += f"; {_modules(len(plan.left_out))} without an adapter"
     if plan.adapter == "ralora":
@@ -67,7 +69,7 @@ def remainder(plan: RankPlan) -> str:
         if plan.largest_total <= plan.parameters:
             text += "; no whole ranks within the bounds come closer"
         else:
-            text += f"; ranks that take {plan.largest_total:,} exist, but hold less energy"
+            text += f"; ranks that take {plan.largest_total:,} exist, but serve the method less"
     return text
 
 
