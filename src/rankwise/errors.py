@@ -50,6 +50,12 @@ class DivergenceError(DataError):
     """A loss is no longer finite: training diverged, or the data or the weights are broken."""
 
 
+def reason_of(error: BaseException, lines: int = 3) -> str:
+    """The first lines of another library's message as one line; often the second has the remedy."""
+    text = " ".join(str(error).strip().splitlines()[:lines])
+    return " ".join(text.split()) or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """How a message ends: the known name closest to a misspelt one, or all of them."""
     names = sorted(known)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankwise.errors import FileError
+from rankwise.errors import FileError, RankwiseError
 
 MAX_TEXT_BYTES = 64 * 1024 * 1024
 """Largest JSON or YAML file that is read; a plan of 100,000 modules takes about 20 MB."""
@@ -75,6 +75,9 @@ def parse_json(
 def describe(error: ValidationError) -> str:
     """The first validation error in one line, with the field, its value and the remedy."""
     first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RankwiseError):  # it names field, value and remedy itself
+        return str(cause)
     where = ".".join(str(part) for part in first["loc"]) or "the top level"
     count = error.error_count()
     more = f" (and {count - 1} more)" if count > 1 else ""

@@ -12,6 +12,7 @@ from rankwise.training.options import make_method
 from rankwise.training.yaml_text import parse_assignment
 
 MINIMAL = "model: m\noutput: o\ndata: {train: t.jsonl}\n"
+LR_LORA = "method: {name: lora}\nadapter: {kind: lr-lora, "
 
 
 @pytest.fixture
@@ -48,14 +49,26 @@ def test_defaults_and_overrides(run_yaml: Path) -> None:
             r"adapter\.kind='lr-lroa'; did you mean 'lr-lora'",
         ),
         (MINIMAL + "adapter: {points: 5}\n", r"adapter\.kind=None"),
-        (MINIMAL + "adapter: {kind: lr-lora, point: 5}\n", r"adapter\.point: .*'points'"),
-        (MINIMAL + "adapter: {kind: lr-lora, r: 5}\n", r"adapter\.r: not an option"),
-        (MINIMAL + "adapter: {kind: lr-lora, points: 0}\n", r"adapter: .*points"),
+        (MINIMAL + LR_LORA + "point: 5}\n", r"adapter\.point: .*'points'"),
+        (MINIMAL + LR_LORA + "r: 5}\n", r"adapter\.r: not an option"),
+        (MINIMAL + LR_LORA + "points: 0}\n", r"adapter: .*points"),
         (
             MINIMAL + "method: {name: gard-dynamic}\nadapter: {kind: lr-lora}\n",
             "only plain LoRA has ranks that move",
         ),
         (MINIMAL + "method: {name: full}\nadapter: {kind: lora}\n", "has no ranks"),
+        (
+            MINIMAL + "adapter: {kind: lr-lora}\n",
+            r"^[^ ]*: adapter\.kind='lr-lora': has one block per module, and .*method\.n_max=1",
+        ),
+        (
+            MINIMAL + "method: {name: lora}\nadapter: {kind: lr-lora, amplitude_ratio: 0}\n",
+            r"adapter\.amplitude_ratio=0 must be a positive number",
+        ),
+        (
+            MINIMAL + "method: {name: lora}\nadapter: {kind: lora, amplitude_ratio: 1.0}\n",
+            r"adapter\.amplitude_ratio: not an option",
+        ),
         (MINIMAL + "training: {steps: '4'}\n", r"training\.steps: .*received '4'"),
         (MINIMAL + "training: {learning_rate: .nan}\n", r"training\.learning_rate"),
         (MINIMAL + "training: {learning_rate: .inf}\n", r"training\.learning_rate"),
@@ -70,7 +83,7 @@ def test_defaults_and_overrides(run_yaml: Path) -> None:
         (MINIMAL + "method: {name: gard, energy: a}\n", r"method\.energy='a': .*number"),
         (MINIMAL + "method: {name: gard, per_cost: x}\n", r"method\.per_cost='x': .*boolean"),
         (MINIMAL + "method: {name: ralora-threshold, threshold: x}\n", r"threshold='x': .*number"),
-        (MINIMAL + f"method: {{name: lora, alpha: 1{'0' * 400}}}\n", r"method\.alpha=1.*number"),
+        (MINIMAL + f"method: {{name: lora, alpha: 1{'0' * 400}}}\n", "alpha is above"),
         (MINIMAL + "adapter: {kind: [1]}\n", r"adapter\.kind=\[1\]"),
         (MINIMAL + "method: {name: full}\nanalysis: {steps: [0]}\n", "records adapters"),
         (

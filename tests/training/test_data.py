@@ -247,6 +247,23 @@ def test_bad_data_is_explained(
         load_token_data(config, tokenizer, seed=0)
 
 
+def test_a_data_set_of_several_configurations(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("main", "socratic"):
+        (tmp_path / "org/set" / name).mkdir(parents=True)
+        write_texts(tmp_path / "org/set" / name / "train.jsonl")
+    (tmp_path / "org/set/README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: main, data_files: main/train.jsonl}\n"
+        "- {config_name: socratic, data_files: socratic/train.jsonl}\n---\n"
+    )
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # as on the hub
+    with pytest.raises(DataError, match=r"available configs: .*main.*Name one with data\.subset"):
+        load_token_data(DataConfig(train="org/set"), tokenizer, seed=0)
+
+
 def test_a_folder_is_no_data(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match="name one, or a hub id"):
         load_token_data(DataConfig(train=str(tmp_path)), tokenizer, seed=0)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
     get_scheduler,
@@ -22,8 +23,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from rankwise.adapters import load_adapter
 from rankwise.adapters.fuse_lora import FusedLoraLinear
 from rankwise.errors import ConfigError, DataError, FileError, PlanError, RankwiseError, TargetError
+from rankwise.methods import RaLora
 from rankwise.plan import RankPlan
-from rankwise.profiling import GradientProfile
+from rankwise.profiling import GradientProfile, profile_gradients
 from rankwise.records import RunRecord
 from rankwise.training import RunConfig, fit, train
 from rankwise.training.data import load_token_data
@@ -359,10 +361,21 @@ def test_the_record_is_plain_json(place: Path, tmp_path: Path) -> None:
         RunRecord.load(tmp_path / "bad.json")
 
 
-def test_the_ranks_of_any_method_carry_another_adapter(place: Path, tmp_path: Path) -> None:
+def test_the_ranks_of_any_method_carry_another_adapter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = {"name": "water-fill", "r": 2, "alpha": 4.0}
-    adapter = {"kind": "lr-lora", "points": 7, "span": 1.0}
+    adapter = {"kind": "lr-lora", "points": 7, "span": 1.0, "amplitude_ratio": 0.5}
+    rates: list[list[float]] = []
+    kept = torch.optim.AdamW.__init__
+
+    def noted(self: Any, groups: Any, **options: Any) -> None:
+        rates.append([group["lr"] for group in groups])
+        kept(self, groups, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
     run = train(config(place, tmp_path / "run", method=method, adapter=adapter))
+    assert rates == [[0.01, 0.005]]
     assert run.record.held_out[-1].loss < run.record.held_out[0].loss
     saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert run.record.method == "water-fill, lr-lora"
@@ -380,9 +393,45 @@ def test_the_ranks_of_any_method_carry_another_adapter(place: Path, tmp_path: Pa
 
 
 def test_block_updates_are_no_other_adapter(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="one block per module"):
-        train(config(place, tmp_path / "run", adapter={"kind": "lr-lora"}))
+    plan = RaLora(r=2, n_max=4).plan(
+        profile_gradients(*_model_and_batches(place), batches=1, progress=False)
+    )
+    plan.save(tmp_path / "plan.json")
+    asked = {"plan": str(tmp_path / "plan.json"), "method": {"name": "lora"}}
+    with pytest.raises(PlanError, match=r"one block per module.* by ralora up to .*or plan with"):
+        train(config(place, tmp_path / "run", adapter={"kind": "lr-lora"}, **asked))
     assert not (tmp_path / "run").exists()
+
+
+def _model_and_batches(place: Path) -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]]]:
+    ids = torch.arange(3, 19).reshape(2, 8)
+    return load_model(str(place / "model"), "float32")[0], [{"input_ids": ids, "labels": ids}]
+
+
+def test_a_plan_says_how_its_blocks_were_trained(place: Path, tmp_path: Path) -> None:
+    train(config(place, tmp_path / "run", adapter={"kind": "ralora", "scaling": "paper"}))
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    plan = RankPlan.load(tmp_path / "run/plan.json")
+    assert saved["scaling"] == plan.block_options.scaling == "paper"
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (ImportError("Using bitsandbytes needs it; run pip install"), "run pip install"),
+        (OSError("You are trying to access a gated repo.\nVisit https://x"), "repo. Visit https"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_keeps_a_model_from_loading_is_told_whole(
+    place: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, message: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(ConfigError, match=f"cannot be loaded .*{message}.*hf auth login"):
+        load_model(str(place / "model"), "float32")
 
 
 def test_training_in_fp16_is_warned_of(place: Path, tmp_path: Path) -> None:

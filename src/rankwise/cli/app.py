@@ -28,7 +28,7 @@ COLUMN_HELP = (
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings of the file to replace, such as training.steps=20 method.r=4."),
+    typer.Argument(help="Settings of the file to replace, such as training.learning_rate=1e-3."),
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from rankwise.errors import DynamicError
+from rankwise.errors import DynamicError, reason_of
 
 T = TypeVar("T")
 
@@ -83,6 +83,6 @@ def _connected() -> Iterator[None]:
     except RuntimeError as error:
         raise DynamicError(
             "the connection to another worker broke while ranks were decided; it has probably "
-            f"ended, and its own output says why ({str(error).splitlines()[0]}). Resume every "
+            f"ended, and its own output says why ({reason_of(error, 1)}). Resume every "
             "worker from rankwise.last_checkpoint(output_dir)."
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, reason_of
 from rankwise.experiments.tasks import Task
 
 
@@ -142,7 +142,7 @@ def read_config(model: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ConfigError(f"model={model!r}: no configuration ({reason}).") from error
     assert isinstance(config, PretrainedConfig)
     return config

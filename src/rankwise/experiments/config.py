@@ -317,9 +317,7 @@ def make_experiment(
     try:
         return ExperimentConfig.model_validate(merged)
     except ValidationError as error:
-        cause = error.errors()[0].get("ctx", {}).get("error")
-        reason = str(cause) if isinstance(cause, ConfigError) else describe(error)
-        raise ConfigError(f"{where}: {reason}") from error
+        raise ConfigError(f"{where}: {describe(error)}") from error
 
 
 def _merge(document: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankwise.errors import ProfileError, nearest
+from rankwise.errors import ProfileError, nearest, reason_of
 
 Distributed = Literal["auto", "split", "sharded", "off"]
 """Whether workers share the batches, and what each one's loader gives: see `profile_gradients`."""
@@ -166,7 +166,7 @@ class ProcessGroup(Workers):
             self._over = True
             raise ProfileError(
                 "the connection to another worker broke; it has probably ended. Its own output "
-                f"says why ({str(error).splitlines()[0]})."
+                f"says why ({reason_of(error, 1)})."
             ) from error
         return received
 

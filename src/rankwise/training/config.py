@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rankwise.adapters import LrLoraConfig, RaLoraConfig
+from rankwise.adapters.options import check_positive
 from rankwise.dynamic import DynamicOptions, rule_of
 from rankwise.errors import ConfigError, PlanError, nearest
 from rankwise.files import describe, read_text
@@ -25,6 +26,7 @@ from rankwise.methods import Method
 from rankwise.training.options import FULL, build, make_method
 from rankwise.training.yaml_text import parse_assignment, parse_yaml
 
+AMPLITUDE_RATIO = "amplitude_ratio"
 _DYNAMIC = "-dynamic"
 _ADAPTERS: Mapping[str, type[LoraConfig | LrLoraConfig | RaLoraConfig]] = {
     "lora": LoraConfig,
@@ -257,6 +259,16 @@ class RunConfig(_Section):
             raise ConfigError(f"adapter.kind={kind!r}; {nearest(str(kind), _ADAPTERS)}")
         if kind != "lora" and self.make_dynamic() is not None:
             raise ConfigError(f"adapter.kind={kind!r}: only plain LoRA has ranks that move.")
+        method = self.make_method()
+        blocks = method.adapter == "ralora" and getattr(method, "n_max", 0) != 1
+        if kind != "ralora" and self.plan is None and blocks:
+            raise ConfigError(
+                f"adapter.kind={kind!r}: has one block per module, and method.name={method.name!r} "
+                "makes more; set method.name to lora, lora-gid, gard, water-fill or ls-lora, or "
+                "method.n_max=1."
+            )
+        if kind == "lr-lora":
+            self._check_amplitude_ratio(options.pop(AMPLITUDE_RATIO, None))
         cls = _ADAPTERS[kind]
         known = [field.name for field in fields(cls) if field.name in cls.__annotations__]
         for key in options:
@@ -268,6 +280,21 @@ class RunConfig(_Section):
         except (TypeError, ValueError, ArithmeticError) as error:
             raise ConfigError(f"adapter: {error}") from error
         return {"adapter": kind, **options}
+
+    @property
+    def amplitude_ratio(self) -> float | None:
+        """Learning rate of LR-LoRA's amplitudes in units of the others'; None for the default."""
+        ratio: float | None = self.adapter.get(AMPLITUDE_RATIO)
+        return ratio
+
+    @staticmethod
+    def _check_amplitude_ratio(ratio: object) -> None:
+        if ratio is None:
+            return
+        try:
+            check_positive(AMPLITUDE_RATIO, ratio)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"adapter.{error}") from error
 
 
 def load_config(

@@ -16,13 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, reason_of
 from rankwise.profiling.loss import IGNORED_LABEL
 from rankwise.provenance import DataFingerprint
 from rankwise.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
+CONFIG_MISSING = "Config name is missing"
+"""What datasets says of a hub data set with several configurations, all of which it names."""
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -145,8 +147,9 @@ def _load(source: str, split: str, config: DataConfig) -> datasets.Dataset:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         kind = "data file" if path.suffix in _FORMATS else "hub data set"
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise DataError(f"{kind} {source}: cannot be read ({reason}).") from error
+        reason = reason_of(error.__cause__ or error)
+        remedy = " Name one with data.subset." if CONFIG_MISSING in reason else ""
+        raise DataError(f"{kind} {source}: cannot be read ({reason}).{remedy}") from error
     if len(rows) == 0:
         raise DataError(f"data {source}: holds no rows.")
     return rows

@@ -78,7 +78,7 @@ def fit(
         data_collator=data.collator,
         processing_class=tokenizer,
         callbacks=[callback, *filter(None, callbacks), *filter(None, [analysis])],
-        optimizers=(_optimizer(model, settings), None),
+        optimizers=(_optimizer(model, config), None),
     )
     trainer.remove_callback(PrinterCallback)  # the held-out lines are what a log needs
     if settings.fuse_lora:
@@ -138,11 +138,13 @@ def _analysis(config: RunConfig, model: nn.Module, steps: int) -> AnalysisCallba
     return AnalysisCallback(model, at, config.analysis.modules) if at else None
 
 
-def _optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Optimizer | None:
+def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | None:
     """LR-LoRA's amplitudes have a learning rate of their own; all else is Trainer's."""
     if not any(isinstance(module, LrLoraLinear) for module in model.modules()):
         return None
-    groups = lr_lora_param_groups(model, settings.learning_rate)
+    settings, ratio = config.training, config.amplitude_ratio
+    options = {} if ratio is None else {"amplitude_ratio": ratio}
+    groups = lr_lora_param_groups(model, settings.learning_rate, **options)
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from transformers import (
 
 from rankwise.adapters import attach
 from rankwise.dynamic import RankCallback
-from rankwise.errors import ConfigError
-from rankwise.plan import RankPlan
+from rankwise.errors import ConfigError, reason_of
+from rankwise.plan import BlockOptions, RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from rankwise.profiling.measure import model_name
 from rankwise.provenance import (
@@ -64,11 +64,11 @@ def load_model(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError) as error:  # of ImportError: quantised bases
         raise ConfigError(
-            f"model={source!r} cannot be loaded ({reason}). Name a local transformers folder, or "
-            "a hub id on a machine with a network."
+            f"model={source!r} cannot be loaded ({reason_of(error)}). Name a local transformers "
+            "folder, or a hub id on a machine with a network; a gated or private one needs `hf "
+            "auth login`."
         ) from error
     try:
         return model.to(device), tokenizer  # type: ignore[arg-type]  # a decorator hides self
@@ -180,7 +180,12 @@ def _planned(
         return None, None
     plan, used = make_plan(config, model, data, profile, say)
     kind = config.adapter.get("kind")
-    return (replace(plan, adapter=kind) if kind else plan), used
+    if not kind:
+        return plan, used
+    own = config.adapter_options() if kind == "ralora" else {}
+    named = {field.name for field in fields(BlockOptions)}
+    blocks = replace(plan.block_options, **{k: v for k, v in own.items() if k in named})
+    return replace(plan, adapter=kind, block_options=blocks), used
 
 
 def _method_name(config: RunConfig, plan: RankPlan | None) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, reason_of
+from rankwise.training.data import CONFIG_MISSING
 
 Row = dict[str, Any]
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -39,8 +40,9 @@ def load_rows(source: str, subset: str | None, split: str) -> Any:
             return datasets.load_dataset(kind, data_files=str(path), split="train")
         return datasets.load_dataset(source, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise DataError(f"data {source}: cannot be read ({reason}).") from error
+        reason = reason_of(error.__cause__ or error)
+        remedy = " Name one with subset." if CONFIG_MISSING in reason else ""
+        raise DataError(f"data {source}: cannot be read ({reason}).{remedy}") from error
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
@@ -51,7 +53,10 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     """
     value = row.get(column)
     if not isinstance(value, str):
-        raise DataError(f"a row has no text in column {column!r}; it has {', '.join(row)}.")
+        raise DataError(
+            f"a row has no text in column {column!r}; it has {', '.join(row)}. The task's keys "
+            "that end in _column name the columns."
+        )
     return value
 
 
@@ -84,8 +89,14 @@ def _read_tsv(path: Path) -> list[Row]:
         elif len(cells) == 2:
             sentence, label = cells
         else:
-            raise DataError(f"{path}, line {number}: {len(cells)} columns; 2 or 4 are expected.")
+            raise DataError(
+                f"{path}, line {number}: {len(cells)} columns; 2 (sentence, label) or CoLA's 4 "
+                "are expected, without a header. Other tables go into a .csv or .jsonl file."
+            )
         if not label.isdecimal():
-            raise DataError(f"{path}, line {number}: label {label!r} is no whole number.")
+            raise DataError(
+                f"{path}, line {number}: label {label!r} is no whole number; remove a header, or "
+                "write the table as .csv or .jsonl."
+            )
         rows.append({"sentence": sentence, "label": int(label)})
     return rows
