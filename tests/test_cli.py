@@ -151,17 +151,28 @@ def test_errors_are_one_line_with_a_remedy(
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("command", ["plan", "export"])
+@pytest.mark.parametrize("command", ["train", "export"])
 def test_a_missing_extra_is_named(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("rankwise.training")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    arguments = {"plan": ["x"], "export": ["x", "y", "--out", place / "z"]}
+    arguments = {"train": ["x"], "export": ["x", "y", "--out", place / "z"]}
     assert call(command, *arguments[command]) == 1
     error = capsys.readouterr().err
     assert "needs datasets, which is not installed; run pip install 'rankwise[train]'" in error
+
+
+def test_plans_need_no_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("rankwise.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("datasets", "trl", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert call("plan", tmp_path / "absent") == 1
+    assert "no such" in capsys.readouterr().err
 
 
 def test_train_takes_a_plan_for_another_base(

@@ -65,7 +65,7 @@ def test_documented_defaults_are_the_defaults() -> None:
         value: object = config
         for part in key.split("."):
             value = getattr(value, part)
-        assert str(value).lower() == default, key
+        assert ("null" if value is None else str(value).lower()) == default, key
 
 
 PAGES = sorted(

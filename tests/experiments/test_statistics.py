@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from rankwise.errors import ConfigError
 from rankwise.experiments.statistics import compare_with, holm, mean_ranks, summarise
@@ -78,6 +79,8 @@ def test_comparisons_are_corrected_together():
     }
     found = compare_with("lora", cells, lower_is_better=True)
     assert [c.holm_p for c in found] == pytest.approx(holm([c.t_p for c in found]))
+    wilcoxon = holm([c.wilcoxon_p for c in found])
+    assert [c.wilcoxon_holm_p for c in found] == pytest.approx(wilcoxon)
 
 
 def test_equal_methods_have_no_p():
@@ -132,3 +135,4 @@ def test_holm_never_lowers_and_keeps_the_order(p_values):
     assert all(c >= p - 1e-12 for c, p in zip(found, p_values, strict=True))
     order = np.argsort(p_values, kind="stable")
     assert np.all(np.diff(np.array(found)[order]) >= -1e-12)
+    assert found == pytest.approx(multipletests(p_values, method="holm")[1])

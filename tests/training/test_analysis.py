@@ -16,8 +16,9 @@ from rankwise import LrLoraConfig
 from rankwise.adapters import LrLoraLinear
 from rankwise.adapters.transfer import evaluate
 from rankwise.errors import ConfigError
-from rankwise.training import RunConfig, train
 from rankwise.training.analysis import AnalysisCallback, conditioning, default_steps, stable_rank_of
+from rankwise.training.config import RunConfig
+from rankwise.training.train import train
 from tiny_folder import save_tiny_llama, write_texts
 from transfer_samples import sample
 

@@ -15,7 +15,6 @@ from rankwise.cli import main
 from rankwise.errors import ConfigError, RankwiseError
 from rankwise.records import RunRecord
 from rankwise.run_files import Landscape, load_run_file
-from rankwise.training import train
 from rankwise.training.config import validate
 from rankwise.training.landscape import (
     LandscapeSettings,
@@ -23,6 +22,7 @@ from rankwise.training.landscape import (
     random_directions,
     run_landscape,
 )
+from rankwise.training.train import train
 from tiny_folder import save_tiny_llama, write_texts
 
 

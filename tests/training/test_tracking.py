@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from rankwise.errors import ConfigError, FileError
 from rankwise.run_files import Tracking, load_run_file
-from rankwise.training import train
 from rankwise.training.config import RunConfig, load_config, validate
 from rankwise.training.tracking import GradientTracker, tracked_modules
+from rankwise.training.train import train
 from tiny_folder import save_tiny_llama, write_texts
 from tiny_models import tiny_llama
 

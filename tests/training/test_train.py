@@ -27,10 +27,11 @@ from rankwise.methods import RaLora
 from rankwise.plan import RankPlan
 from rankwise.profiling import GradientProfile, profile_gradients
 from rankwise.records import RunRecord
-from rankwise.training import RunConfig, fit, train
+from rankwise.training import fit
+from rankwise.training.config import RunConfig
 from rankwise.training.data import load_token_data
 from rankwise.training.evaluate import held_out_loss
-from rankwise.training.train import load_model, own_device
+from rankwise.training.train import load_model, own_device, train
 from tiny_folder import save_tiny_llama, write_rows, write_texts
 
 
@@ -445,3 +446,15 @@ def test_training_in_fp16_is_warned_of(place: Path, tmp_path: Path) -> None:
             notify=said.append,
         )
         assert any("underflow in fp16" in line for line in said) == warned
+
+
+def test_running_out_of_memory_names_what_needs_less(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fit.SFTTrainer, "training_step", full)
+    with pytest.raises(ConfigError, match=r"out of memory while training.*training\.batch_size"):
+        train(config(place, tmp_path / "run", method={"name": "lora"}))
+    assert not (tmp_path / "run").exists()

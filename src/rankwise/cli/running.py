@@ -30,8 +30,8 @@ def train(
 
         rankwise train run.yaml training.steps=20 method.name=ralora-pro
     """
-    from rankwise.training import load_config
-    from rankwise.training import train as run_training
+    from rankwise.training.config import load_config
+    from rankwise.training.train import train as run_training
 
     settings = [*(overrides or ()), *(["allow_other_base=true"] if allow_other_base else [])]
     loaded = load_config(config, settings, track=track)

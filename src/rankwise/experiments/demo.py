@@ -13,8 +13,8 @@ from rankwise.experiments.stdlib_text import write_stdlib_text
 from rankwise.records import RunRecord
 from rankwise.report import write_report
 from rankwise.tables import make_table, render
-from rankwise.training import train
 from rankwise.training.config import RunConfig, validate
+from rankwise.training.train import train
 
 METHODS: tuple[dict[str, Any], ...] = ({"name": "ralora", "r": 8}, {"name": "lora", "r": 8})
 HELD_OUT_SEQUENCES = 16

@@ -49,6 +49,7 @@ class Comparison:
         t_p: p of the paired t-test, two-sided; NaN where all differences are equal or alone.
         wilcoxon_p: p of Wilcoxon's signed-rank test, two-sided, exact for few pairs.
         holm_p: `t_p` corrected by Holm for all comparisons made together.
+        wilcoxon_holm_p: `wilcoxon_p` likewise.
         wins: Cells in which the method is strictly better.
     """
 
@@ -58,6 +59,7 @@ class Comparison:
     t_p: float
     wilcoxon_p: float
     holm_p: float
+    wilcoxon_holm_p: float
     wins: int
 
 
@@ -108,10 +110,12 @@ def compare_with(
         wins = int((sign * differences > 0).sum())
         t_p, wilcoxon_p = _t_test(differences), _wilcoxon(differences)
         rows.append((method, summarise(differences.tolist()), t_p, wilcoxon_p, wins))
-    corrected = holm([row[2] for row in rows])
+    corrected = zip(holm([row[2] for row in rows]), holm([row[3] for row in rows]), strict=True)
     return [
-        Comparison(method, baseline, difference, t_p, wilcoxon_p, holm_p, wins)
-        for (method, difference, t_p, wilcoxon_p, wins), holm_p in zip(rows, corrected, strict=True)
+        Comparison(method, baseline, difference, t_p, wilcoxon_p, *holm_ps, wins)
+        for (method, difference, t_p, wilcoxon_p, wins), holm_ps in zip(
+            rows, corrected, strict=True
+        )
     ]
 
 

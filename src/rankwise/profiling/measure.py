@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rankwise.errors import ProfileError, nearest
+from rankwise.out_of_memory import out_of_memory_as
 from rankwise.profiling.batches import Batch, Job, Ledger, check_statistics
 from rankwise.profiling.hooks import hook_engine
 from rankwise.profiling.keep import Keeper, keeper
@@ -43,6 +44,12 @@ Engine = Literal["auto", "hooks", "sweep"]
 """How gradients are reached: see `profile_gradients`."""
 
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = (
+    "out of memory while profiling; the model is as it was. Less is needed with a smaller batch, "
+    "shorter sequences, fewer targets, engine='sweep', without keep_gradients or with out=, or "
+    "with the model in bfloat16."
+)
 
 
 def profile_gradients(
@@ -127,7 +134,7 @@ def profile_gradients(
         FileError: `out` cannot be written; what was there is as before.
     """
     workers = find_workers(distributed)
-    with workers.failing_together(), _memory_errors_explained():
+    with workers.failing_together(), out_of_memory_as(ProfileError, _OUT_OF_MEMORY):
         model = _unwrapped(model)
         settings = _Settings(
             find_targets(model, targets),
@@ -260,22 +267,6 @@ def _run_engine(job: Job, batches: Iterable[Batch], ledger: Ledger, engine: str)
     ledger.reset()
     yield from hook_engine(job, taken, ledger)
     return "hooks"
-
-
-@contextmanager
-def _memory_errors_explained() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # on a GPU torch.OutOfMemoryError, on a CPU a plain RuntimeError of the allocator
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (known or "can't allocate memory" in str(error)):
-            raise
-        raise ProfileError(
-            "out of memory while profiling; the model is as it was. Less is needed with a smaller "
-            "batch, shorter sequences, fewer targets, engine='sweep', without keep_gradients or "
-            "with out=, or with the model in bfloat16."
-        ) from error
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

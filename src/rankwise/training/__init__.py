@@ -1,7 +1,4 @@
-"""The `train` command: a validated configuration, TRL's SFTTrainer, and a run record."""
+"""The `train` command: a validated configuration, TRL's SFTTrainer, and a run record.
 
-from rankwise.training.config import RunConfig, load_config
-from rankwise.training.run_folder import TrainingRun
-from rankwise.training.train import train
-
-__all__ = ["RunConfig", "TrainingRun", "load_config", "train"]
+`config` and `options` need no more than rankwise does; `train`, `data` and `fit` need the extra.
+"""

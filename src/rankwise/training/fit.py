@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from rankwise.adapters import LrLoraLinear, fuse_lora_, lr_lora_param_groups, unfuse_lora_
 from rankwise.dynamic import RankCallback
 from rankwise.errors import ConfigError
+from rankwise.out_of_memory import out_of_memory_as
 from rankwise.records import HeldOutLoss, TrainLoss
 from rankwise.training.analysis import AnalysisCallback, adapted_layers, default_steps
 from rankwise.training.config import RunConfig, TrainingConfig
@@ -31,6 +32,12 @@ from rankwise.training.evaluate import HeldOutCallback, held_out_loss
 from rankwise.training.tracking import GradientTracker
 
 Notify = Callable[[str], None]
+
+_OUT_OF_MEMORY = (
+    "out of memory while training; nothing was written. Less is needed with a smaller "
+    "training.batch_size (training.gradient_accumulation makes up for it), a smaller "
+    "data.max_length, training.gradient_checkpointing=true or dtype=bfloat16."
+)
 
 # transformers 5 renamed the option on the way and warns at the old name
 _CHECKPOINTING = (
@@ -84,7 +91,8 @@ def fit(
     if settings.fuse_lora:
         fuse_lora_(model)
     try:
-        trainer.train()
+        with out_of_memory_as(ConfigError, _OUT_OF_MEMORY):
+            trainer.train()
     finally:
         unfuse_lora_(model)
     seconds = {"evaluate": callback.seconds}
