@@ -15,6 +15,7 @@ from rankwise.experiments.baselines import (
     find_baseline,
     full_fine_tuning,
 )
+from rankwise.experiments.methods import make_entry
 from rankwise.experiments.sizing import Job
 from rankwise.targets import LinearShape, find_targets
 from tiny_models import tiny_llama
@@ -182,6 +183,23 @@ def test_randloras_scaling_does_not_follow_its_rank():
         job = replace(_job(), budget=_job().budget * budget)
         config = BASELINES["randlora"].adapt(job).model.peft_config["default"]
         assert config.randlora_alpha == 20 * config.r
+
+
+@pytest.mark.filterwarnings("ignore:.*(EVA|eva|svd|redistribution).*")
+def test_eva_may_look_at_prompts():
+    """PEFT's EVA counts the tokens with labels alone, of which short answers have too few."""
+    batches = [dict(batch) for batch in _batches()]
+    for batch in batches:
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+        batch["labels"][:, -1] = 1
+    with pytest.raises(ConfigError, match="let prompts count"):
+        BASELINES["eva"].adapt(replace(_job(), batches=batches))
+    contestant = make_entry({"name": "eva", "eva_config": {"use_label_mask": False}}).contestant
+    job = replace(_job(), batches=batches)
+    config = contestant.adapt(job, None).model.peft_config["default"]
+    assert config.eva_config.use_label_mask is False and config.eva_config.rho == 2.0
+    with pytest.raises(ConfigError, match=r"eva\.eva_config\.rhoo: .*did you mean 'rho'"):
+        make_entry({"name": "eva", "eva_config": {"rhoo": 1}})
 
 
 @pytest.mark.filterwarnings("ignore:.*(EVA|eva|svd|redistribution).*")

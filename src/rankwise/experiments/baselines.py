@@ -204,7 +204,8 @@ def _initialise_eva(job: Job, model: PeftModel) -> None:
         if len(found) < least:  # PEFT would pass over every batch, without end
             raise ConfigError(
                 f"eva: {layer} sees {len(found)} rows a batch, fewer than the {least} directions "
-                "to be found; raise profile.batch_size, or leave the module out of the targets."
+                "to be found; raise profile.batch_size, let prompts count (eva_config: "
+                "{use_label_mask: false}), or leave the module out of the targets."
             )
         return found
 

@@ -15,7 +15,7 @@ from rankwise.errors import ConfigError, PlanError, nearest
 from rankwise.experiments.baselines import BASELINES, NOT_AVAILABLE, SIZE_OPTIONS
 from rankwise.experiments.contestants import Contestant, Planned, Sized, Unavailable, Whole
 from rankwise.experiments.ours import lr_lora, melora
-from rankwise.experiments.sizing import Baseline, Job, Size
+from rankwise.experiments.sizing import Baseline, Job, Size, set_option
 from rankwise.methods import METHODS
 from rankwise.targets import LinearShape
 from rankwise.training.options import make_method
@@ -132,9 +132,10 @@ def _sized(baseline: Baseline, options: dict[str, Any], scale: float) -> Sized:
     job = Job(nn.Identity(), {"x": LinearShape(64, 64)}, 1024, [], 100)  # type: ignore[arg-type]
     config = baseline.config(job, baseline.solve(job.targets, job.budget))
     known = sorted(set(vars(config)) - SIZE_OPTIONS)
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise ConfigError(f"{baseline.name}.{key}: no such option; {nearest(key, known)}")
+        set_option(config, key, value, where=baseline.name)
     if scale != 2.0:
         if not hasattr(config, "lora_alpha") and not hasattr(config, "alpha"):
             raise ConfigError(f"{baseline.name}.alpha_over_r: it has no alpha.")

@@ -9,7 +9,8 @@ is met to one unit; elsewhere the nearest size is taken and the caller sees how 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -224,11 +225,7 @@ class Baseline:
         size = self.solve(job.targets, job.budget)
         config = self.config(job, size)
         for key, value in (options or {}).items():
-            if not hasattr(config, key):
-                raise ConfigError(
-                    f"{self.name}.{key}: no such option; {nearest(key, vars(config))}"
-                )
-            setattr(config, key, value)
+            set_option(config, key, value, where=self.name)
         if self.prepare is not None:
             self.prepare(job, config)
         model = get_peft_model(job.model, config)
@@ -256,6 +253,23 @@ class Baseline:
                 "expected; the formula is not for this version of PEFT."
             )
         return size
+
+
+def set_option(config: Any, key: str, value: Any, *, where: str) -> None:
+    """Set an attribute of a configuration; a mapping changes options of one that lies within it.
+
+    Raises:
+        ConfigError: There is no such option.
+    """
+    if not hasattr(config, key):
+        raise ConfigError(f"{where}.{key}: no such option; {nearest(key, vars(config))}")
+    inner = getattr(config, key)
+    if is_dataclass(inner) and isinstance(value, Mapping):
+        changed = copy(inner)
+        for name, option in value.items():
+            set_option(changed, str(name), option, where=f"{where}.{key}")
+        value = changed
+    setattr(config, key, value)
 
 
 def _ranks_of(model: PeftModel, targets: Iterable[str]) -> dict[str, int]:
