@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+import rankwise
+from rankwise.cli import measuring
 from rankwise.methods import METHODS
 from rankwise.training.config import RunConfig
 from tiny_folder import save_tiny_llama
@@ -102,3 +105,30 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One part\n[a](#one-part) [b](#another) [c](gone.md) [d](https://x.org)\n")
     assert _broken_links(page) == ["#another", "gone.md"]
+
+
+def test_the_architecture_names_every_module() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src/rankwise"
+    by_room = {"cli", "methods", "tasks"}  # a file per command, method and kind of task
+    unnamed = [
+        str(path.relative_to(source))
+        for path in sorted(source.rglob("*.py"))
+        if path.name not in page
+        and not path.name.startswith("__")
+        and not by_room & set(path.relative_to(source).parts)
+        and not (path.parent.name == "report" and path.name.endswith("_view.py"))
+    ]
+    assert unnamed == []
+
+
+def test_what_the_page_on_profiles_names_is_there() -> None:
+    page = (ROOT / "docs/profile.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\brw\.(\w+)", page):
+        assert hasattr(rankwise, name), name
+    arguments = inspect.signature(rankwise.profile_gradients).parameters
+    for name in re.findall(r"^\| `(\w+)=", page, re.MULTILINE):
+        assert name in arguments, name
+    known = inspect.getsource(measuring)
+    for option in re.findall(r"--([a-z-]+)", page):
+        assert option.replace("-", "_") in known, option

@@ -88,8 +88,9 @@ def attach(
         plan: Made for this model.
         adapter_name: Name of the adapter.
         allow_other_base: See `RankPlan.check_fits`.
-        **options: Forwarded to `adapter_config`: `adapter="lr-lora"`, say, for the plan's ranks
-            under LR-LoRA.
+        **options: `adapter="lr-lora"`, say, for the plan's ranks under LR-LoRA, and what the PEFT
+            configuration takes: `task_type="SEQ_CLS"` or `modules_to_save=[...]`, without which a
+            new head stays as it was drawn; `"CAUSAL_LM"` is set by itself.
 
     Returns:
         A `PeftModel`: train it, save it, merge it as any other.
