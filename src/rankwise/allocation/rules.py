@@ -99,9 +99,9 @@ def proportional_ranks(
     What rounding left over is spent in the same order: the unit that a growing c would reach next
     comes next, ties by the lower rank, by `ties` and then by name, passing over what is not
     affordable. Where the modules share few costs, a few units are then exchanged so that the total
-    is the largest that whole ranks reach within the budget (`rankwise.allocation.exact`). Either
-    way the total never falls when the budget rises, and what is left is less than the cheapest rank
-    still allowed. (A fill by the fraction that rounding cut off, per parameter, keeps the budget as
+    of the modules that have a weight is the largest that whole ranks reach within the budget
+    (`rankwise.allocation.exact`). Either way the total never falls when the budget rises, and what
+    is left is less than the cheapest rank still allowed. (A fill by the fraction that rounding cut off, per parameter, keeps the budget as
     well, but follows no fixed sequence, on which the first of these rests.)
 
     A module of weight zero grows only when the others are full or no longer affordable.

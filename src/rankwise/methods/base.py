@@ -79,8 +79,8 @@ class Method(ABC):
     ) -> RankPlan:
         profile = source if isinstance(source, GradientProfile) else None
         shapes = shapes_of(source)
-        if shapes and budget is not None and not any(ranks.values()):
-            cheapest = min(shape.rank_cost for shape in shapes.values())
+        cheapest = min((shape.rank_cost for shape in shapes.values()), default=0)
+        if budget is not None and budget < cheapest:
             raise PlanError(
                 f"a budget of {budget:,} parameters pays for no adapter: the cheapest rank takes "
                 f"{cheapest:,}. Raise budget or r."
