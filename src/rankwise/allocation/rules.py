@@ -101,8 +101,9 @@ def proportional_ranks(
     affordable. Where the modules share few costs, a few units are then exchanged so that the total
     of the modules that have a weight is the largest that whole ranks reach within the budget
     (`rankwise.allocation.exact`). Either way the total never falls when the budget rises, and what
-    is left is less than the cheapest rank still allowed. (A fill by the fraction that rounding cut off, per parameter, keeps the budget as
-    well, but follows no fixed sequence, on which the first of these rests.)
+    is left is less than the cheapest rank still allowed. (A fill by the fraction that rounding cut
+    off, per parameter, keeps the budget as well, but follows no fixed sequence, on which the first
+    of these rests.)
 
     A module of weight zero grows only when the others are full or no longer affordable.
 
