@@ -71,7 +71,8 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, Options]]] = {
         {
             f"r = {r}{' (default)' if r == 8 else ''}": {} if r == 8 else {"r": r}
             for r in (2, 4, 8, 16)
-        },
+        }
+        | {f"LoRA, r = {r}": LORA if r == 8 else LORA | {"r": r} for r in (2, 4, 8, 16)},
     ),
     "bases": (
         "basis at equal parameters (table 13)",
@@ -112,6 +113,9 @@ GROUPS: Mapping[str, tuple[str, Mapping[str, Options]]] = {
             "all (default)": DEFAULT,
             **{part: {"part": part} for part in ("attention", "mlp", "qkv")},
             **{f"{layers} layers": {"layers": layers} for layers in ("odd", "even", "first_last")},
+            "LoRA, all": LORA,
+            **{f"LoRA, {part}": LORA | {"part": part} for part in ("attention", "mlp", "qkv")},
+            **{f"LoRA, {layers} layers": LORA | {"layers": layers} for layers in ("odd", "even")},
         },
     ),
     "sharing": (
