@@ -38,8 +38,8 @@ import rankwise as rw
 from rankwise.adapters import LrLoraLinear
 from rankwise.experiments.tasks import ClassificationTask, TaskData
 from rankwise.files import read_json_lines
+from rankwise.placement import Layers, Part
 from rankwise.provenance import git_commit, hardware, model_fingerprint, versions
-from rankwise.targets import Layers, Part
 
 Options = dict[str, Any]
 DEFAULT: Options = {}
