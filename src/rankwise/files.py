@@ -75,10 +75,11 @@ def parse_json(
 def describe(error: ValidationError) -> str:
     """The first validation error in one line, with the field, its value and the remedy."""
     first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RankwiseError):  # it names field, value and remedy itself
-        return str(cause)
-    where = ".".join(str(part) for part in first["loc"]) or "the top level"
+    if isinstance(cause, RankwiseError):  # it names value and remedy itself
+        return f"{place}: {cause}" if place else str(cause)
+    where = place or "the top level"
     count = error.error_count()
     more = f" (and {count - 1} more)" if count > 1 else ""
     received = repr(first.get("input"))

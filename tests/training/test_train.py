@@ -409,6 +409,12 @@ def _model_and_batches(place: Path) -> tuple[PreTrainedModel, list[dict[str, tor
     return load_model(str(place / "model"), "float32")[0], [{"input_ids": ids, "labels": ids}]
 
 
+def test_other_adapters_know_no_options_of_blocks(place: Path, tmp_path: Path) -> None:
+    method = {"name": "ralora", "r": 2, "n_max": 1, "scaling": "paper"}
+    train(config(place, tmp_path / "run", method=method, adapter={"kind": "lr-lora", "points": 3}))
+    assert RankPlan.load(tmp_path / "run/plan.json").adapter == "lr-lora"
+
+
 def test_a_plan_says_how_its_blocks_were_trained(place: Path, tmp_path: Path) -> None:
     train(config(place, tmp_path / "run", adapter={"kind": "ralora", "scaling": "paper"}))
     saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())

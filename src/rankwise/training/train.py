@@ -182,9 +182,11 @@ def _planned(
     kind = config.adapter.get("kind")
     if not kind:
         return plan, used
-    own = config.adapter_options() if kind == "ralora" else {}
+    if kind != "ralora":
+        return replace(plan, adapter=kind, block_options=BlockOptions()), used
     named = {field.name for field in fields(BlockOptions)}
-    blocks = replace(plan.block_options, **{k: v for k, v in own.items() if k in named})
+    own = {key: value for key, value in config.adapter_options().items() if key in named}
+    blocks = replace(plan.block_options, **own)
     return replace(plan, adapter=kind, block_options=blocks), used
 
 

@@ -52,3 +52,5 @@ def test_documented_defaults_are_the_defaults(kind: str, key: str) -> None:
         assert _default(field) == yaml.safe_load(written.strip("`"))
     elif written == "none":
         assert _default(field) == ""
+    elif written == "required" and key != "subset":  # without it the GLUE kinds stop by themselves
+        assert _default(field) in (MISSING, 0)
