@@ -63,7 +63,7 @@ def test_defaults_and_overrides(run_yaml: Path) -> None:
         ),
         (
             MINIMAL + "method: {name: lora}\nadapter: {kind: lr-lora, amplitude_ratio: 0}\n",
-            r"adapter\.amplitude_ratio=0 must be a positive number",
+            r"adapter: amplitude_ratio=0 must be a positive number",
         ),
         (
             MINIMAL + "method: {name: lora}\nadapter: {kind: lora, amplitude_ratio: 1.0}\n",

@@ -38,7 +38,7 @@ from rankwise.profiling.statistics import Statistic
 from rankwise.profiling.sweep import UnsuitableError, sweep_engine
 from rankwise.profiling.workers import Distributed, OthersUnsuitableError, find_workers
 from rankwise.provenance import model_fingerprint, versions
-from rankwise.targets import Targets, count_parameters, find_targets, look_alikes
+from rankwise.targets import Targets, count_parameters, find_targets
 
 Engine = Literal["auto", "hooks", "sweep"]
 """How gradients are reached: see `profile_gradients`."""
@@ -245,7 +245,7 @@ def _provenance(job: Job, ledger: Ledger, engine: str, seconds: float) -> Profil
         seconds=round(max(job.workers.gather_values(seconds, "seconds")), 3),
         versions=versions(),
         model_parameters=count_parameters(job.model),
-        look_alikes=look_alikes(job.selected, [name for name, _ in job.model.named_modules()]),
+        look_alikes=list(job.selected.look_alikes),
     )
 
 

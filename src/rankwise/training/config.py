@@ -19,6 +19,7 @@ from pydantic import (
 
 from rankwise.adapters import LrLoraConfig, RaLoraConfig
 from rankwise.adapters.options import check_positive
+from rankwise.adapters.param_groups import AMPLITUDE_RATIO
 from rankwise.dynamic import DynamicOptions, rule_of
 from rankwise.errors import ConfigError, PlanError, nearest
 from rankwise.files import describe, read_text
@@ -26,7 +27,7 @@ from rankwise.methods import Method
 from rankwise.training.options import FULL, build, make_method
 from rankwise.training.yaml_text import parse_assignment, parse_yaml
 
-AMPLITUDE_RATIO = "amplitude_ratio"
+_AMPLITUDE_RATIO = "amplitude_ratio"
 _DYNAMIC = "-dynamic"
 _ADAPTERS: Mapping[str, type[LoraConfig | LrLoraConfig | RaLoraConfig]] = {
     "lora": LoraConfig,
@@ -268,7 +269,7 @@ class RunConfig(_Section):
                 "method.n_max=1."
             )
         if kind == "lr-lora":
-            self._check_amplitude_ratio(options.pop(AMPLITUDE_RATIO, None))
+            options.pop(_AMPLITUDE_RATIO, None)
         cls = _ADAPTERS[kind]
         known = [field.name for field in fields(cls) if field.name in cls.__annotations__]
         for key in options:
@@ -276,25 +277,17 @@ class RunConfig(_Section):
                 allowed = [name for name in known if name not in _BY_PLAN]
                 raise ConfigError(f"adapter.{key}: not an option; {nearest(str(key), allowed)}")
         try:
+            check_positive(_AMPLITUDE_RATIO, self.amplitude_ratio)
             cls(target_modules=["-"], **options)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise ConfigError(f"adapter: {error}") from error
         return {"adapter": kind, **options}
 
     @property
-    def amplitude_ratio(self) -> float | None:
-        """Learning rate of LR-LoRA's amplitudes in units of the others'; None for the default."""
-        ratio: float | None = self.adapter.get(AMPLITUDE_RATIO)
-        return ratio
-
-    @staticmethod
-    def _check_amplitude_ratio(ratio: object) -> None:
-        if ratio is None:
-            return
-        try:
-            check_positive(AMPLITUDE_RATIO, ratio)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"adapter.{error}") from error
+    def amplitude_ratio(self) -> float:
+        """Learning rate of LR-LoRA's amplitudes in units of the others'."""
+        ratio: float | None = self.adapter.get(_AMPLITUDE_RATIO)
+        return AMPLITUDE_RATIO if ratio is None else ratio
 
 
 def load_config(

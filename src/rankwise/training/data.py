@@ -23,8 +23,6 @@ from rankwise.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
-CONFIG_MISSING = "Config name is missing"
-"""What datasets says of a hub data set with several configurations, all of which it names."""
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -147,12 +145,18 @@ def _load(source: str, split: str, config: DataConfig) -> datasets.Dataset:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         kind = "data file" if path.suffix in _FORMATS else "hub data set"
-        reason = reason_of(error.__cause__ or error)
-        remedy = " Name one with data.subset." if CONFIG_MISSING in reason else ""
-        raise DataError(f"{kind} {source}: cannot be read ({reason}).{remedy}") from error
+        raise unreadable(f"{kind} {source}", error, "data.subset") from error
     if len(rows) == 0:
         raise DataError(f"data {source}: holds no rows.")
     return rows
+
+
+def unreadable(what: str, error: BaseException, subset: str) -> DataError:
+    """Why datasets could not read it; `subset` is the key that names a configuration."""
+    reason = reason_of(error.__cause__ or error)
+    # what datasets says where there are several, all of which it names
+    remedy = f" Name one with {subset}." if "Config name is missing" in reason else ""
+    return DataError(f"{what}: cannot be read ({reason}).{remedy}")
 
 
 def _tokenise(

@@ -151,8 +151,7 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | N
     if not any(isinstance(module, LrLoraLinear) for module in model.modules()):
         return None
     settings, ratio = config.training, config.amplitude_ratio
-    options = {} if ratio is None else {"amplitude_ratio": ratio}
-    groups = lr_lora_param_groups(model, settings.learning_rate, **options)
+    groups = lr_lora_param_groups(model, settings.learning_rate, amplitude_ratio=ratio)
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 

@@ -69,7 +69,10 @@ class TestClassification:
         path = tmp_path / "rows.tsv"
         path.write_text("fine\t1\nbroken\n")
         task = AcceptabilityTask(model=encoder, train=str(path), test=str(path))
-        with pytest.raises(DataError, match="line 2"):
+        with pytest.raises(DataError, match=r"line 2: 1 columns; 2 \(sentence, label\) or"):
+            task.load()
+        path.write_text("sentence\tlabel\nfine\t1\n")
+        with pytest.raises(DataError, match=r"line 1: label 'label' .*remove a header"):
             task.load()
 
 

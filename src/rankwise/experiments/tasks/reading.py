@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 
-from rankwise.errors import DataError, reason_of
-from rankwise.training.data import CONFIG_MISSING
+from rankwise.errors import DataError
+from rankwise.training.data import unreadable
 
 Row = dict[str, Any]
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -40,9 +40,7 @@ def load_rows(source: str, subset: str | None, split: str) -> Any:
             return datasets.load_dataset(kind, data_files=str(path), split="train")
         return datasets.load_dataset(source, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = reason_of(error.__cause__ or error)
-        remedy = " Name one with subset." if CONFIG_MISSING in reason else ""
-        raise DataError(f"data {source}: cannot be read ({reason}).{remedy}") from error
+        raise unreadable(f"data {source}", error, "subset") from error
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
