@@ -5,11 +5,13 @@
     python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 --with selection.extend=0
     python scripts/loss_differences.py experiments/main/gsm8k_start.yaml gsm8k 8 \
         --against experiments/main/gsm8k.yaml
+    python scripts/loss_differences.py experiments/main/choice.yaml choice 8 --metric choice_loss
 
 Of one task, paired over the seeds, with 95 % intervals: the test loss, the median over the test
 problems (where all records have it), and the loss on the validation part, which no single problem
-of the test part can move. Of several budgets a seed counts once, with its mean over them. With
-`--against` each method is held against itself in another experiment instead of the reference.
+of the test part can move; or another metric of the task on both parts. Of several budgets a seed
+counts once, with its mean over them. With `--against` each method is held against itself in another
+experiment instead of the reference.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.config import load_experiment
 from rankwise.experiments.statistics import summarise
+from rankwise.experiments.tasks.base import LOWER_IS_BETTER
 
 Runs = dict[int, list[CellRecord]]
 """Seed -> a record of each budget."""
 Measure = Callable[[CellRecord], float | None]
 
-MEASURES: dict[str, Measure] = {
-    "test": lambda record: (record.test or {}).get("loss"),
-    "of the median problem": lambda record: (record.test or {}).get("median_loss"),
-    "on the validation part": lambda record: record.validation[-1].metrics["loss"],
-}
+
+def measures_of(metric: str) -> dict[str, Measure]:
+    """What is compared, the test's metric first."""
+    measures: dict[str, Measure] = {"test": lambda record: (record.test or {}).get(metric)}
+    if metric == "loss":
+        measures["of the median problem"] = lambda record: (record.test or {}).get("median_loss")
+    measures["on the validation part"] = lambda record: record.validation[-1].metrics.get(metric)
+    return measures
 
 
 def finished_runs(board: Board, task: str, ranks: list[int], seeds: list[int]) -> dict[str, Runs]:
@@ -78,6 +84,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("full", "small"), default="full")
     parser.add_argument("--with", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--against", type=Path, help="another experiment with that task")
+    parser.add_argument("--metric", default="loss", help="of the task, instead of the loss")
     given = parser.parse_args()
     config = load_experiment(given.experiment, given.overrides, scale=given.scale)
     asked = given.task, given.ranks, given.seeds or config.seeds
@@ -92,14 +99,21 @@ def main() -> None:
         parser.error(f"{config.reference_label} has no record of every seed and budget there")
     if not runs:
         parser.error("no method has a record of every seed and budget in both")
-    losses = {label: found for label, r in runs.items() if (found := values(r, MEASURES["test"]))}
-    print("| method | loss | sd | largest |", " | ".join(MEASURES), "|")
-    print("|---|" + "---:|" * (3 + len(MEASURES)))
-    for label in sorted(losses, key=lambda label: fmean(losses[label])):
-        own = losses[label]
+    measures = measures_of(given.metric)
+    scores = {label: found for label, r in runs.items() if (found := values(r, measures["test"]))}
+    if not scores:
+        parser.error(f"no record has a {given.metric} of the test part")
+    lower = given.metric.startswith(LOWER_IS_BETTER)  # parts have names of their own behind it
+    worst, title = (max, "largest") if lower else (min, "smallest")
+    print(f"| method | {given.metric} | sd | {title} |", " | ".join(measures), "|")
+    print("|---|" + "---:|" * (3 + len(measures)))
+    for label in sorted(scores, key=lambda label: fmean(scores[label]), reverse=not lower):
+        own = scores[label]
         spread = f"{stdev(own):.4f}" if len(own) > 1 else "–"
-        cells = [difference(runs[label], references[label], each) for each in MEASURES.values()]
-        print(f"| {label} | {fmean(own):.4f} | {spread} | {max(own):.4f} |", " | ".join(cells), "|")
+        cells = [difference(runs[label], references[label], each) for each in measures.values()]
+        print(
+            f"| {label} | {fmean(own):.4f} | {spread} | {worst(own):.4f} |", " | ".join(cells), "|"
+        )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,21 @@ def test_each_method_less_the_reference_or_itself_elsewhere(
         expected = less(label, started, label)
         assert expected != 0
         assert float(rows[label][3].split()[0]) == pytest.approx(expected, abs=1e-4)
+    rows = printed("--metric", "perplexity")
+    perplexities = [(runs["rslora", seed].test or {})["perplexity"] for seed in (0, 1)]
+    assert rows["rslora"][0] == f"{fmean(perplexities):.4f}"
+    assert rows["rslora"][2] == f"{max(perplexities):.4f}"
+    assert float(rows["rslora"][4].split()[0]) == pytest.approx(
+        fmean(
+            runs["rslora", seed].validation[-1].metrics["perplexity"]
+            - runs["lora", seed].validation[-1].metrics["perplexity"]
+            for seed in (0, 1)
+        ),
+        abs=1e-4,
+    )
+    with pytest.raises(SystemExit):
+        printed("--metric", "bleu")
+    assert "no record has a bleu" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         printed("--seeds", "7")
     assert "no record of every seed" in capsys.readouterr().err
