@@ -9,7 +9,8 @@
 
 Of one task, paired over the seeds, with 95 % intervals: the test loss, the median over the test
 problems (where all records have it), and the loss on the validation part, which no single problem
-of the test part can move; or another metric of the task on both parts. Of several budgets a seed
+of the test part can move; or another metric of the task on both parts. The p are of the paired
+t-test on the test part, as they are and corrected by Holm for all rows. Of several budgets a seed
 counts once, with its mean over them. With `--against` each method is held against itself in another
 experiment instead of the reference.
 """
@@ -17,6 +18,7 @@ experiment instead of the reference.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,7 +26,7 @@ from statistics import fmean, stdev
 from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.config import load_experiment
-from rankwise.experiments.statistics import summarise
+from rankwise.experiments.statistics import compare_with, holm, summarise
 from rankwise.experiments.tasks.base import LOWER_IS_BETTER
 
 Runs = dict[int, list[CellRecord]]
@@ -74,6 +76,22 @@ def difference(runs: Runs, reference: Runs, measure: Measure) -> str:
     return f"{summary.mean:+.4f} [{summary.low:+.4f}, {summary.high:+.4f}]"
 
 
+def p_values(runs: dict[str, Runs], references: dict[str, Runs], measure: Measure) -> list[float]:
+    """Of the paired t-test; NaN for the reference itself."""
+    found = []
+    for label, own in runs.items():
+        ours, theirs = values(own, measure), values(references[label], measure)
+        if own is references[label] or ours is None or theirs is None:
+            found.append(math.nan)
+            continue
+        pair = {
+            who: {str(seed): value for seed, value in zip(own, each, strict=True)}
+            for who, each in (("ours", ours), ("theirs", theirs))
+        }
+        found.append(compare_with("theirs", pair, lower_is_better=True)[0].t_p)
+    return found
+
+
 def main() -> None:
     """Print the table, best mean first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -105,15 +123,21 @@ def main() -> None:
         parser.error(f"no record has a {given.metric} of the test part")
     lower = given.metric.startswith(LOWER_IS_BETTER)  # parts have names of their own behind it
     worst, title = (max, "largest") if lower else (min, "smallest")
-    print(f"| method | {given.metric} | sd | {title} |", " | ".join(measures), "|")
-    print("|---|" + "---:|" * (3 + len(measures)))
+    uncorrected = p_values(runs, references, measures["test"])
+    p = dict(zip(runs, zip(uncorrected, holm(uncorrected), strict=True), strict=True))
+    print(f"| method | {given.metric} | sd | {title} |", " | ".join(measures), "| p | p (Holm) |")
+    print("|---|" + "---:|" * (5 + len(measures)))
     for label in sorted(scores, key=lambda label: fmean(scores[label]), reverse=not lower):
         own = scores[label]
-        spread = f"{stdev(own):.4f}" if len(own) > 1 else "–"
-        cells = [difference(runs[label], references[label], each) for each in measures.values()]
-        print(
-            f"| {label} | {fmean(own):.4f} | {spread} | {worst(own):.4f} |", " | ".join(cells), "|"
-        )
+        cells = [
+            label,
+            f"{fmean(own):.4f}",
+            f"{stdev(own):.4f}" if len(own) > 1 else "–",
+            f"{worst(own):.4f}",
+            *(difference(runs[label], references[label], each) for each in measures.values()),
+            *("–" if math.isnan(value) else f"{value:.2g}" for value in p[label]),
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

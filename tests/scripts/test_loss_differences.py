@@ -8,6 +8,7 @@ from statistics import fmean
 
 import pytest
 import yaml
+from scipy import stats
 
 from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.compare import run_experiment
@@ -51,7 +52,15 @@ def test_each_method_less_the_reference_or_itself_elsewhere(
     assert float(rows["rslora"][3].split()[0]) == pytest.approx(
         less("rslora", runs, "lora"), abs=1e-4
     )
+    assert rows["lora"][-2:] == ["–", "–"]
+    pairs = [
+        [(runs[label, seed].test or {})["loss"] for seed in (0, 1)] for label in ("rslora", "lora")
+    ]
+    p = float(stats.ttest_rel(*pairs).pvalue)
+    assert rows["rslora"][-2:] == [f"{p:.2g}", f"{p:.2g}"]
     rows = printed("--against", other)
+    uncorrected, corrected = zip(*(map(float, rows[label][-2:]) for label in rows), strict=True)
+    assert min(corrected) == pytest.approx(min(1, 2 * min(uncorrected)), rel=0.06)
     for label in ("lora", "rslora"):
         expected = less(label, started, label)
         assert expected != 0
