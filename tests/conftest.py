@@ -12,6 +12,7 @@ install_import_hook(
     "beartype.beartype",
 )
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
@@ -19,6 +20,10 @@ from transformers import PreTrainedModel  # noqa: E402
 from tiny_models import Batch, tiny_gpt2, tiny_llama, token_batch  # noqa: E402
 
 torch.set_num_threads(1)  # on models this small, threads cost more than they bring
+
+# a pause of a busy machine is no fault of the code
+hypothesis.settings.register_profile("rankwise", deadline=None)
+hypothesis.settings.load_profile("rankwise")
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def assert_same(found: GradientProfile, expected: GradientProfile, rel: float) -
             assert entry.fisher == pytest.approx(other.fisher, rel=rel)
         for count in ("rows", "batches", "zero_batches"):
             assert getattr(entry, count) == getattr(other, count)
-    for attribute in ("gradients", "gram", "convergence"):
+    for attribute in ("singular_values", "gradients", "gram", "convergence"):
         arrays, others = getattr(found, attribute), getattr(expected, attribute)
         assert (arrays is None) == (others is None)
         for name in arrays or ():

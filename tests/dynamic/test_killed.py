@@ -59,7 +59,8 @@ class Attempt:
         return self._process.exitcode
 
     def _hear(self) -> bool:
-        select.select([self._pipe], [], [], 120)
+        ready, *_ = select.select([self._pipe], [], [], 120)
+        assert ready, "the run has said nothing for two minutes"
         heard = os.read(self._pipe, 4096).decode()
         self.said += heard
         return bool(heard)

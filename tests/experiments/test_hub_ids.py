@@ -113,6 +113,9 @@ def test_compare(call: Call, tmp_path: Path) -> None:
     tests = {record["task"]: record["test"] for record in records}
     assert set(tests) == {"lines", "choice", "sst2"}
     assert {f"accuracy_{part}" for part in COMMONSENSE} <= set(tests["choice"])
+    # each published part has another size, so that no other can have been taken for it
+    rows = {record["task"]: record["rows"]["test"] for record in records}
+    assert rows == {"lines": 6 * len(SENTENCES) - 16, "sst2": 4, "choice": len(COMMONSENSE)}
 
 
 @pytest.mark.parametrize(

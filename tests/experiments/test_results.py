@@ -282,6 +282,13 @@ def test_a_search_is_refined_around_its_best_rate(
     assert board.total() == len(cells) == 2 * 3 * (2 * len(searched) + len(SEEDS))
 
 
+def test_of_equal_rates_the_smaller_is_chosen(tmp_path: Path) -> None:
+    board = _board(tmp_path, lambda cell: 1.0, methods=["lora"])
+    choice = board.choice(board.groups[0])
+    assert len(choice.scores) > 1
+    assert choice.rate == min(choice.scores)
+
+
 def test_rates_are_chosen_by_another_metric(tmp_path: Path) -> None:
     board = _board(tmp_path, _distance_to(1e-2), methods=["lora"])
     for cell in board.cells():

@@ -23,12 +23,14 @@ def test_summary_is_students_interval():
     low, high = stats.t.interval(0.95, 3, np.mean(sample), stats.sem(sample))
     assert found.mean == pytest.approx(np.mean(sample))
     assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.deviation == pytest.approx(np.std(sample, ddof=1))
 
 
 def test_one_value_has_no_spread():
     found = summarise([3.0])
     assert found.mean == 3.0
     assert math.isnan(found.low)
+    assert math.isnan(found.deviation)
 
 
 def test_pairs_are_tested_as_pairs():
