@@ -30,7 +30,7 @@ def with_spectrum(sigma: Tensor, seed: int = 0) -> Tensor:
     return rotation(d, 2 * seed) * sigma @ rotation(d, 2 * seed + 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.sampled_from([1, 2, 4]),
     rows=st.integers(1, 6),

@@ -90,7 +90,6 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 both_ways = pytest.mark.usefixtures("_way")
 few = settings(
     max_examples=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -61,7 +61,7 @@ def problems(draw: st.DrawFn) -> dict[str, object]:
 
 class TestProportionalRanks:
     @given(problems())
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_budget_bounds_and_remainder(self, problem: dict[str, object]) -> None:
         costs, caps = problem["costs"], problem["caps"]
         low, high = problem["bounds"]
@@ -76,7 +76,7 @@ class TestProportionalRanks:
         assert not growing or left < min(growing)
 
     @given(problems())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_more_weight_is_no_less_rank(self, problem: dict[str, object]) -> None:
         ranks = proportional_ranks(**problem)
         costs, caps, weights = problem["costs"], problem["caps"], problem["weights"]
@@ -86,7 +86,6 @@ class TestProportionalRanks:
                     assert ranks[a] >= ranks[b] - 1  # a tie within flooring goes by name
 
     @given(st.integers(1, 40), st.integers(1, 30), st.integers(2, 500), st.floats(1e-9, 1e9))
-    @settings(deadline=None)
     def test_equal_weights_and_costs_give_equal_ranks(
         self, modules: int, rank: int, cost: int, weight: float
     ) -> None:

@@ -56,7 +56,7 @@ def best_by_brute_force(problem: dict[str, object]) -> float:
 
 class TestWaterFilling:
     @given(spectra_problems())
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_within_one_step_of_the_best(self, problem: dict[str, object]) -> None:
         ranks = water_filling_ranks(**problem)
         costs, limits = problem["costs"], problem["limits"]
@@ -72,7 +72,7 @@ class TestWaterFilling:
         assert lost <= max(next_ones, default=0.0) + 1e-9
 
     @given(spectra_problems())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_equal_costs_are_solved_exactly(self, problem: dict[str, object]) -> None:
         problem |= {"costs": dict.fromkeys(problem["costs"], 3)}
         least = sum(limit[0] * 3 for limit in problem["limits"].values())
@@ -81,7 +81,7 @@ class TestWaterFilling:
         assert math.isclose(found, best_by_brute_force(problem), abs_tol=1e-9)
 
     @given(spectra_problems())
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_no_worse_than_one_step_at_a_time(self, problem: dict[str, object]) -> None:
         """The slow way: the best affordable next direction, again and again."""
         energies, costs, limits = (problem[key] for key in ("energies", "costs", "limits"))

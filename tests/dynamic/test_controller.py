@@ -71,7 +71,7 @@ def event_sequences(
     return RankController(rule, shapes, plan.parameters + slack, options), plan, events
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(event_sequences())
 def test_budget_and_box_hold_at_every_event(
     case: tuple[RankController, RankPlan, list[dict[str, list[float]]]],

@@ -61,7 +61,7 @@ def assert_close(found: Tensor, expected: Tensor, rel: float) -> None:
     assert float((found - expected).norm()) <= rel * float(expected.norm())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batches=st.lists(st.tuples(uses_of_a_batch, st.integers(1, 9), st.booleans()), max_size=6),
     convergence=st.booleans(),

@@ -16,7 +16,7 @@ from rankwise.errors import ConfigError, nearest
 from rankwise.experiments.baselines import SIZE_OPTIONS, common_options
 from rankwise.experiments.sizing import Baseline, Job, OptimizerFactory, Size, lora_cost
 
-AMPLITUDE_RATIO = "amplitude_ratio"
+_RATIO_KEY = "amplitude_ratio"
 MELORA_BLOCKS = 2
 """Mini adapters of MELoRA, as in the RaLoRA paper's comparison; its own paper tries 2 to 16."""
 
@@ -31,8 +31,8 @@ def lr_lora(name: str, options: Mapping[str, Any], alpha_over_r: float = 2.0) ->
         ConfigError: An option is unknown or its value is not allowed.
     """
     settings = dict(options)
-    ratio = settings.pop(AMPLITUDE_RATIO, None)
-    example = _config(LrLoraConfig, settings, name, [AMPLITUDE_RATIO])
+    ratio = settings.pop(_RATIO_KEY, None)
+    example = _config(LrLoraConfig, settings, name, [_RATIO_KEY])
     own, shared = function_parameters(example)
 
     def config(job: Job, size: Size) -> PeftConfig:
@@ -68,7 +68,7 @@ def drawn_by(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def lr_lora_optimizer(amplitude_ratio: float | None = None) -> OptimizerFactory:
     """AdamW with LR-LoRA's own learning rate for the amplitudes."""
-    options = {} if amplitude_ratio is None else {AMPLITUDE_RATIO: amplitude_ratio}
+    options = {} if amplitude_ratio is None else {_RATIO_KEY: amplitude_ratio}
 
     def make(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
         return AdamW(lr_lora_param_groups(model, lr, **options), weight_decay=weight_decay)

@@ -27,7 +27,7 @@ from rankwise.methods import Method
 from rankwise.training.options import FULL, build, make_method
 from rankwise.training.yaml_text import parse_assignment, parse_yaml
 
-_AMPLITUDE_RATIO = "amplitude_ratio"
+_RATIO_KEY = "amplitude_ratio"
 _DYNAMIC = "-dynamic"
 _ADAPTERS: Mapping[str, type[LoraConfig | LrLoraConfig | RaLoraConfig]] = {
     "lora": LoraConfig,
@@ -269,7 +269,7 @@ class RunConfig(_Section):
                 "method.n_max=1."
             )
         if kind == "lr-lora":
-            options.pop(_AMPLITUDE_RATIO, None)
+            options.pop(_RATIO_KEY, None)
         cls = _ADAPTERS[kind]
         known = [field.name for field in fields(cls) if field.name in cls.__annotations__]
         for key in options:
@@ -277,7 +277,7 @@ class RunConfig(_Section):
                 allowed = [name for name in known if name not in _BY_PLAN]
                 raise ConfigError(f"adapter.{key}: not an option; {nearest(str(key), allowed)}")
         try:
-            check_positive(_AMPLITUDE_RATIO, self.amplitude_ratio)
+            check_positive(_RATIO_KEY, self.amplitude_ratio)
             cls(target_modules=["-"], **options)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise ConfigError(f"adapter: {error}") from error
@@ -286,7 +286,7 @@ class RunConfig(_Section):
     @property
     def amplitude_ratio(self) -> float:
         """Learning rate of LR-LoRA's amplitudes in units of the others'."""
-        ratio: float | None = self.adapter.get(_AMPLITUDE_RATIO)
+        ratio: float | None = self.adapter.get(_RATIO_KEY)
         return AMPLITUDE_RATIO if ratio is None else ratio
 
 

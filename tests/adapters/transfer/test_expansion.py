@@ -82,7 +82,7 @@ def test_every_basis_is_right_to_a_millionth(
     check(sample(name, 12, constant=constant), entries(radius))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     log_radius=st.floats(math.log(1e-5), math.log(6)),

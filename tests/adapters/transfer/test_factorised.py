@@ -116,7 +116,7 @@ def test_it_is_the_dense_way_in_fp64_to_its_bound(
         torch.testing.assert_close(gradient.double(), right, rtol=0, atol=atol)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(SMOOTH), st.floats(-9.0, 1.0), st.integers(0, 9))
 def test_the_polynomial_is_as_close_as_promised(
     name: BasisName, log_radius: float, seed: int

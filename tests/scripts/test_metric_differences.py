@@ -32,10 +32,10 @@ def test_each_method_less_the_reference_or_itself_elsewhere(
 ) -> None:
     file, runs = _run(tmp_path / "plain", "")
     other, started = _run(tmp_path / "started", "the ")
-    script = load_script("loss_differences")
+    script = load_script("metric_differences")
 
     def printed(*more: str) -> dict[str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["loss_differences", file, "lines", "2", *more])
+        monkeypatch.setattr(sys, "argv", ["metric_differences", file, "lines", "2", *more])
         script.main()
         lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
         return {cells[0]: cells[1:] for cells in lines[2:]}

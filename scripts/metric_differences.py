@@ -1,11 +1,12 @@
-"""Losses of a comparison's methods less the reference's, on three measures, as Markdown.
+"""Metrics of a comparison's methods less the reference's, on several measures, as Markdown.
 
-    python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 4 --seeds 0 1 2
-    python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 4
-    python scripts/loss_differences.py experiments/main/gsm8k.yaml gsm8k 8 --with selection.extend=0
-    python scripts/loss_differences.py experiments/main/gsm8k_start.yaml gsm8k 8 \
+    python scripts/metric_differences.py experiments/main/gsm8k.yaml gsm8k 4 --seeds 0 1 2
+    python scripts/metric_differences.py experiments/main/gsm8k.yaml gsm8k 8 4
+    python scripts/metric_differences.py experiments/main/gsm8k.yaml gsm8k 8 \
+        --with selection.extend=0
+    python scripts/metric_differences.py experiments/main/gsm8k_start.yaml gsm8k 8 \
         --against experiments/main/gsm8k.yaml
-    python scripts/loss_differences.py experiments/main/choice.yaml choice 8 --metric choice_loss
+    python scripts/metric_differences.py experiments/main/choice.yaml choice 8 --metric choice_loss
 
 Of one task, paired over the seeds, with 95 % intervals: the test loss, the median over the test
 problems (where all records have it), and the loss on the validation part, which no single problem
@@ -26,7 +27,7 @@ from statistics import fmean, stdev
 from rankwise.experiments.board import Board
 from rankwise.experiments.cell_records import CellRecord
 from rankwise.experiments.config import load_experiment
-from rankwise.experiments.statistics import compare_with, holm, summarise
+from rankwise.experiments.statistics import Comparison, compare_with, holm
 from rankwise.experiments.tasks.base import LOWER_IS_BETTER
 
 Runs = dict[int, list[CellRecord]]
@@ -67,29 +68,26 @@ def values(runs: Runs, measure: Measure) -> list[float] | None:
     return None if known != found else [fmean(own) for own in known]
 
 
-def difference(runs: Runs, reference: Runs, measure: Measure) -> str:
-    """Mean paired difference with its interval; a dash where a record lacks the measure."""
+def comparison(runs: Runs, reference: Runs, measure: Measure) -> Comparison | None:
+    """Paired over the seeds; None for the reference and where a record lacks the measure."""
     ours, theirs = values(runs, measure), values(reference, measure)
-    if runs is reference or ours is None or theirs is None or len(ours) < 2:
-        return "–"
-    summary = summarise([own - other for own, other in zip(ours, theirs, strict=True)])
-    return f"{summary.mean:+.4f} [{summary.low:+.4f}, {summary.high:+.4f}]"
-
-
-def p_values(runs: dict[str, Runs], references: dict[str, Runs], measure: Measure) -> list[float]:
-    """Of the paired t-test; NaN for the reference itself."""
-    found = []
-    for label, own in runs.items():
-        ours, theirs = values(own, measure), values(references[label], measure)
-        if own is references[label] or ours is None or theirs is None:
-            found.append(math.nan)
-            continue
-        pair = {
-            who: {str(seed): value for seed, value in zip(own, each, strict=True)}
-            for who, each in (("ours", ours), ("theirs", theirs))
-        }
-        found.append(compare_with("theirs", pair, lower_is_better=True)[0].t_p)
+    if runs is reference or ours is None or theirs is None:
+        return None
+    cells = {
+        who: {str(seed): value for seed, value in zip(runs, each, strict=True)}
+        for who, each in (("ours", ours), ("theirs", theirs))
+    }
+    # the direction decides about wins alone, which are not printed
+    [found] = compare_with("theirs", cells, lower_is_better=True)
     return found
+
+
+def difference(found: Comparison | None) -> str:
+    """Mean with its interval; a dash where there is none."""
+    if found is None or found.difference.count < 2:
+        return "–"
+    summary = found.difference
+    return f"{summary.mean:+.4f} [{summary.low:+.4f}, {summary.high:+.4f}]"
 
 
 def main() -> None:
@@ -123,7 +121,11 @@ def main() -> None:
         parser.error(f"no record has a {given.metric} of the test part")
     lower = given.metric.startswith(LOWER_IS_BETTER)  # parts have names of their own behind it
     worst, title = (max, "largest") if lower else (min, "smallest")
-    uncorrected = p_values(runs, references, measures["test"])
+    compared = {
+        label: [comparison(r, references[label], each) for each in measures.values()]
+        for label, r in runs.items()
+    }
+    uncorrected = [found.t_p if found else math.nan for found, *_ in compared.values()]
     p = dict(zip(runs, zip(uncorrected, holm(uncorrected), strict=True), strict=True))
     print(f"| method | {given.metric} | sd | {title} |", " | ".join(measures), "| p | p (Holm) |")
     print("|---|" + "---:|" * (5 + len(measures)))
@@ -134,7 +136,7 @@ def main() -> None:
             f"{fmean(own):.4f}",
             f"{stdev(own):.4f}" if len(own) > 1 else "–",
             f"{worst(own):.4f}",
-            *(difference(runs[label], references[label], each) for each in measures.values()),
+            *map(difference, compared[label]),
             *("–" if math.isnan(value) else f"{value:.2g}" for value in p[label]),
         ]
         print(f"| {' | '.join(cells)} |")
