@@ -4,129 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
+from made_up_records import (
+    GAIN,
+    NOISE,
+    SEEDS,
+    distance_to,
+    experiment_document,
+    falling_loss,
+    made_up_board,
+    row_of,
+)
 from rankwise.errors import ConfigError
 from rankwise.experiments.board import Board
-from rankwise.experiments.cell_records import CellRecord, EvaluationRecord, SizeRecord
 from rankwise.experiments.cells import Cell
 from rankwise.experiments.config import make_experiment
 from rankwise.experiments.result_tables import markdown, save_results, terminal_table
 from rankwise.experiments.results import Results, make_results
 
-SEEDS = list(range(5))
-NOISE = [0.3, -0.1, 0.2, -0.3, 0.1]
-GAIN = [0.52, 0.48, 0.53, 0.47, 0.5]
-"""How much better than LoRA the method called water-fill is, seed by seed."""
-
-Value = Callable[[Cell], float | None]
-
-
-def _document(folder: Path, **changes: Any) -> dict[str, Any]:
-    task = {"kind": "completion", "train": "a.jsonl", "test": "b.jsonl", "model": "m"}
-    return {
-        "output": str(folder),
-        "tasks": [task | {"name": "one"}, task | {"name": "two", "max_length": 64}],
-        "methods": ["lora", "water-fill", "ia3", "nola"],
-        "budgets": [4, 8, 16],
-        "seeds": SEEDS,
-        "learning_rates": [1e-3, 1e-2, 1e-1],
-    } | changes
-
-
-def _loss(cell: Cell) -> float | None:
-    """LoRA: 10, 8, 6 at its three budgets; everyone's best rate is 1e-2."""
-    if cell.phase == "search":
-        return {1e-3: 3.0, 1e-2: 2.0, 1e-1: None}[cell.learning_rate or 0]
-    assert cell.rank is not None
-    loss = {4: 10.0, 8: 8.0, 16: 6.0}[cell.rank] + NOISE[cell.seed]
-    if cell.method.name == "water-fill":
-        return loss - GAIN[cell.seed]
-    return loss + 1 + 0.1 * cell.seed if cell.method.name == "ia3" else loss
-
-
-def _record(cell: Cell, value: float | None) -> CellRecord:
-    final = cell.phase == "final"
-    rank = cell.rank or 1
-    off = 5 if cell.method.name == "ia3" else 1
-    return CellRecord(
-        name=cell.name,
-        phase=cell.phase,
-        task=cell.task.name,
-        method=cell.method.name,
-        label=cell.method.label,
-        budget_rank=cell.rank,
-        seed=cell.seed,
-        learning_rate=cell.learning_rate,
-        steps=cell.steps,
-        config_hash=cell.config_hash,
-        settings=cell.settings,
-        metric="loss",
-        lower_is_better=True,
-        size=SizeRecord(1000 * rank, 1000 * rank // off, off == 1, rank, rank),
-        trainable_parameters=1000 * rank // off,
-        head_parameters=0,
-        ranks={"x": rank},
-        validation=[] if value is None else [EvaluationRecord(cell.steps, {"loss": value})],
-        test={"loss": value, "perplexity": math.exp(value)} if final and value else None,
-        train_loss=[(cell.steps, 1.0)],
-        diverged_at=3 if value is None else None,
-        tokens=100,
-        seconds={"load": 1.0, "profile": 2.0, "prepare": 3.0, "train": 4.0, "evaluate": 5.0},
-        peak_memory_mib=100.0 + cell.seed,
-        memory_before_mib=50.0,
-        model="m",
-        model_fingerprint="f" * 16,
-        data_fingerprint=f"data of {cell.task.name}",
-        rows={"train": 1, "validation": 1, "test": 1},
-        notes=[],
-        commit="abc",
-        versions={},
-        hardware={"processor": "a fast one"},
-        finished="2026-01-01T00:00:00+00:00",
-    )
-
-
-def _distance_to(best: float) -> Value:
-    """A search scores its rate's distance to the best one; rates over 5 diverge."""
-
-    def value(cell: Cell) -> float | None:
-        assert cell.learning_rate is not None
-        if cell.phase == "final":
-            return 1.0
-        return None if cell.learning_rate > 5 else abs(math.log(cell.learning_rate / best))
-
-    return value
-
-
-def _board(folder: Path, value: Value = _loss, **changes: Any) -> Board:
-    """A board whose records are written until no further cell comes up."""
-    board = Board(make_experiment(_document(folder, **changes)))
-    board.folder.mkdir(parents=True)
-    while missing := [cell for cell in board.cells() if not board.path(cell).is_file()]:
-        for cell in missing:
-            board.path(cell).write_text(json.dumps(asdict(_record(cell, value(cell)))))
-    return board
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return make_results(_board(tmp_path_factory.mktemp("results")))
-
-
-def _row(results: Results, label: str, rank: int = 8, task: str = "one") -> Any:
-    return next(r for r in results.rows if (r.task, r.label, r.rank) == (task, label, rank))
+    return make_results(made_up_board(tmp_path_factory.mktemp("results")))
 
 
 def test_rows_hold_mean_interval_and_tests(results: Results) -> None:
     assert results.finished == results.cells == 2 * 3 * 3 * (3 + 5)
-    row = _row(results, "water-fill")
+    row = row_of(results, "water-fill")
     expected = [8 + n - g for n, g in zip(NOISE, GAIN, strict=True)]
     assert list(row.values.values()) == pytest.approx(expected)
     assert row.summary.mean == pytest.approx(sum(expected) / 5)
@@ -149,7 +58,7 @@ def test_rows_hold_mean_interval_and_tests(results: Results) -> None:
 
 
 def test_every_seed_is_listed_with_the_median_and_the_worst(results: Results) -> None:
-    values = list(_row(results, "lora").values.values())
+    values = list(row_of(results, "lora").values.values())
     text = markdown(results)
     section = text.split("## Seed by seed: one, r = 8\n")[1].split("\n## ")[0]
     cells = next(line for line in section.splitlines() if line.startswith("| lora |")).split(" | ")
@@ -159,12 +68,12 @@ def test_every_seed_is_listed_with_the_median_and_the_worst(results: Results) ->
 
 
 def test_ranks_and_blocks_are_listed_where_modules_differ(tmp_path: Path) -> None:
-    board = _board(tmp_path)
+    board = made_up_board(tmp_path)
     for path in board.folder.glob("one--water-fill--r8--*seed[01]*.json"):
         planned = {"ranks": {"x": 4, "y": 9}, "blocks": {"x": 2, "y": 32}}
         path.write_text(json.dumps(json.loads(path.read_text()) | planned))
     results = make_results(Board(board.config))
-    ranks, blocks = (getattr(_row(results, "water-fill"), name) for name in ("ranks", "blocks"))
+    ranks, blocks = (getattr(row_of(results, "water-fill"), name) for name in ("ranks", "blocks"))
     # two seeds of five have two modules, the others one of rank 8 and y left out
     assert (ranks.mean, ranks.min, ranks.max) == (pytest.approx(50 / 10), 0, 9)
     assert (blocks.mean, blocks.min, blocks.max) == (17, 2, 32)
@@ -172,12 +81,12 @@ def test_ranks_and_blocks_are_listed_where_modules_differ(tmp_path: Path) -> Non
     assert "## Ranks and blocks over the modules: one, r = 8\n" in text
     assert "| water-fill | 5.0 (0 to 9) | 17.0 (2 to 32) |" in text
     assert "modules: one, r = 4" not in text  # equal ranks, no blocks
-    assert _row(results, "lora").blocks is None
+    assert row_of(results, "lora").blocks is None
 
 
 def test_what_is_not_matched_or_not_available_is_said(results: Results) -> None:
-    assert _row(results, "ia3").matched is False
-    assert _row(results, "nola").status.startswith("not available")
+    assert row_of(results, "ia3").matched is False
+    assert row_of(results, "nola").status.startswith("not available")
     for text in (terminal_table(results), markdown(results)):
         assert "ia3: not matched, -80.0% of the budget" in text
         assert "nola: not available: no kept library" in text
@@ -185,7 +94,7 @@ def test_what_is_not_matched_or_not_available_is_said(results: Results) -> None:
 
 
 def test_a_size_that_differs_between_seeds_is_said_with_both_ends(tmp_path: Path) -> None:
-    board = _board(tmp_path)
+    board = made_up_board(tmp_path)
     (cell, *_) = board.finals(next(g for g in board.groups if g.method.name == "lora"))
     document = json.loads(board.path(cell).read_text())
     document["size"] |= {"parameters": document["size"]["budget"] * 95 // 100, "matched": False}
@@ -228,8 +137,8 @@ def test_results_survive_as_json(results: Results, tmp_path: Path) -> None:
 
 
 def test_a_best_rate_at_the_edge_is_marked(tmp_path: Path) -> None:
-    board = _board(tmp_path, learning_rates=[1e-2, 1e-1])
-    row = _row(make_results(board), "lora")
+    board = made_up_board(tmp_path, learning_rates=[1e-2, 1e-1])
+    row = row_of(make_results(board), "lora")
     assert row.at_edge
     assert "0.01!" in terminal_table(make_results(board))
 
@@ -248,8 +157,8 @@ def test_a_search_goes_on_beyond_its_grid(
     tmp_path: Path, best: float, extend: int, searched: list[float], chosen: float, at_edge: bool
 ) -> None:
     selection = {"extend": extend, "seeds": [100, 101]}
-    board = _board(tmp_path, _distance_to(best), methods=["lora"], selection=selection)
-    row = _row(make_results(board), "lora")
+    board = made_up_board(tmp_path, distance_to(best), methods=["lora"], selection=selection)
+    row = row_of(make_results(board), "lora")
     assert list(map(float, row.rates)) == searched
     assert (row.learning_rate, row.at_edge) == (chosen, at_edge)
     cells = list(board.cells())
@@ -272,8 +181,8 @@ def test_a_search_is_refined_around_its_best_rate(
     tmp_path: Path, best: float, selection: dict[str, Any], searched: list[float], chosen: float
 ) -> None:
     selection = selection | {"seeds": [100, 101]}
-    board = _board(tmp_path, _distance_to(best), methods=["lora"], selection=selection)
-    row = _row(make_results(board), "lora")
+    board = made_up_board(tmp_path, distance_to(best), methods=["lora"], selection=selection)
+    row = row_of(make_results(board), "lora")
     assert list(map(float, row.rates)) == searched
     assert row.learning_rate == chosen
     assert row.at_edge == (chosen == 1e-3)
@@ -283,14 +192,14 @@ def test_a_search_is_refined_around_its_best_rate(
 
 
 def test_of_equal_rates_the_smaller_is_chosen(tmp_path: Path) -> None:
-    board = _board(tmp_path, lambda cell: 1.0, methods=["lora"])
+    board = made_up_board(tmp_path, lambda cell: 1.0, methods=["lora"])
     choice = board.choice(board.groups[0])
     assert len(choice.scores) > 1
     assert choice.rate == min(choice.scores)
 
 
 def test_rates_are_chosen_by_another_metric(tmp_path: Path) -> None:
-    board = _board(tmp_path, _distance_to(1e-2), methods=["lora"])
+    board = made_up_board(tmp_path, distance_to(1e-2), methods=["lora"])
     for cell in board.cells():
         record = json.loads(board.path(cell).read_text())
         for evaluation in record["validation"]:
@@ -313,7 +222,7 @@ def test_rates_are_chosen_by_another_metric(tmp_path: Path) -> None:
 
 
 def test_a_search_names_what_it_serves_besides(tmp_path: Path) -> None:
-    board = _board(tmp_path, _distance_to(1e-2), methods=["lora", "full"])
+    board = made_up_board(tmp_path, distance_to(1e-2), methods=["lora", "full"])
     text = markdown(make_results(board))
     assert "The same rates serve one, r = 8 (full); one, r = 16 (full)." in text
     assert text.count("The same rates serve") == 2  # once a task: LoRA has a search at each budget
@@ -321,7 +230,7 @@ def test_a_search_names_what_it_serves_besides(tmp_path: Path) -> None:
 
 def test_a_search_that_is_not_over_is_not_refined(tmp_path: Path) -> None:
     selection = {"refine": 1, "seeds": [100]}
-    board = _board(tmp_path, _distance_to(1e-2), methods=["lora"], selection=selection)
+    board = made_up_board(tmp_path, distance_to(1e-2), methods=["lora"], selection=selection)
     first = next(board.cells())
     board.path(first).unlink()
     same = [c for c in Board(board.config).cells() if (c.task, c.rank) == (first.task, first.rank)]
@@ -331,10 +240,10 @@ def test_a_search_that_is_not_over_is_not_refined(tmp_path: Path) -> None:
 def test_seeds_that_diverge_are_named_and_left_out_of_the_mean(tmp_path: Path) -> None:
     def value(cell: Cell) -> float | None:
         broken = cell.method.name == "water-fill" and cell.phase == "final" and cell.seed == 2
-        return None if broken else _loss(cell)
+        return None if broken else falling_loss(cell)
 
-    results = make_results(_board(tmp_path, value))
-    row = _row(results, "water-fill")
+    results = make_results(made_up_board(tmp_path, value))
+    row = row_of(results, "water-fill")
     assert row.diverged == [2]
     assert row.against.difference.count == 4
     assert "water-fill" not in results.mean_ranks["8"]
@@ -343,16 +252,16 @@ def test_seeds_that_diverge_are_named_and_left_out_of_the_mean(tmp_path: Path) -
 
 def test_a_method_that_diverges_at_every_rate_has_no_final_runs(tmp_path: Path) -> None:
     def value(cell: Cell) -> float | None:
-        return None if cell.method.name == "ia3" else _loss(cell)
+        return None if cell.method.name == "ia3" else falling_loss(cell)
 
-    board = _board(tmp_path, value)
+    board = made_up_board(tmp_path, value)
     results = make_results(board)
-    assert _row(results, "ia3").status == "no learning rate of the grid works"
+    assert row_of(results, "ia3").status == "no learning rate of the grid works"
     assert results.finished == results.cells == board.total()
 
 
 def test_records_of_other_data_are_refused(tmp_path: Path) -> None:
-    board = _board(tmp_path)
+    board = made_up_board(tmp_path)
     path = board.path(next(iter(board.cells())))
     changed = json.loads(path.read_text()) | {"data_fingerprint": "another"}
     path.write_text(json.dumps(changed))
@@ -361,7 +270,7 @@ def test_records_of_other_data_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_has_not_begun_is_said_without_empty_tables(tmp_path: Path) -> None:
-    results = make_results(Board(make_experiment(_document(tmp_path))))
+    results = make_results(Board(make_experiment(experiment_document(tmp_path))))
     assert results.finished == 0
     assert "choosing the learning rate" in terminal_table(results)
     text = markdown(results)
@@ -371,15 +280,15 @@ def test_what_has_not_begun_is_said_without_empty_tables(tmp_path: Path) -> None
 
 
 def test_the_reference_may_be_another(tmp_path: Path) -> None:
-    board = _board(tmp_path, reference={"method": "water-fill", "rank": 4})
+    board = made_up_board(tmp_path, reference={"method": "water-fill", "rank": 4})
     results = make_results(board)
-    assert _row(results, "water-fill").against is None
-    assert _row(results, "lora").against.difference.mean == pytest.approx(0.5)
+    assert row_of(results, "water-fill").against is None
+    assert row_of(results, "lora").against.difference.mean == pytest.approx(0.5)
     assert {t.label for t in results.trades} == {"lora", "ia3"}
     with pytest.raises(ConfigError, match=r"reference\.method='loar'"):
-        make_experiment(_document(tmp_path, reference={"method": "loar"}))
+        make_experiment(experiment_document(tmp_path, reference={"method": "loar"}))
     with pytest.raises(ConfigError, match=r"reference\.rank=7 is no budget; known: 4, 8, 16"):
-        make_experiment(_document(tmp_path, reference={"rank": 7}))
+        make_experiment(experiment_document(tmp_path, reference={"rank": 7}))
 
 
 def test_a_task_on_which_a_method_always_diverged_is_not_left_out_of_its_sum(
@@ -389,9 +298,9 @@ def test_a_task_on_which_a_method_always_diverged_is_not_left_out_of_its_sum(
         final = cell.phase == "final"
         if cell.method.name == "water-fill" and final and cell.task.name == "two":
             return None
-        return _loss(cell)
+        return falling_loss(cell)
 
-    results = make_results(_board(tmp_path, value))
+    results = make_results(made_up_board(tmp_path, value))
     assert [p for p in results.pooled if p.against.method == "water-fill"] == []
     assert [p for p in results.pooled if p.against.method == "ia3"]
 
@@ -401,8 +310,8 @@ def test_methods_without_a_seed_in_common_are_not_pooled(tmp_path: Path) -> None
         even = cell.seed % 2 == 0
         if cell.phase == "final" and even == (cell.method.name == "water-fill"):
             return None
-        return _loss(cell)
+        return falling_loss(cell)
 
-    results = make_results(_board(tmp_path, value))
+    results = make_results(made_up_board(tmp_path, value))
     assert [p for p in results.pooled if p.against.method == "water-fill"] == []
     assert next(p for p in results.pooled if p.against.method == "ia3").against.difference.count
