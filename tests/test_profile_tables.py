@@ -66,6 +66,15 @@ def test_comparison() -> None:
     assert "same value everywhere" in compare_profiles(before, same)
 
 
+def test_the_largest_change_is_a_ratio() -> None:
+    shapes = {"few": (8, 8), "many": (8, 8)}
+    before = synthetic_profile(shapes, gid={"few": 1, "many": 5})
+    after = synthetic_profile(shapes, gid={"few": 2, "many": 7})
+    rows = [line.split() for line in compare_profiles(before, after).splitlines()]
+    at = next(i for i, row in enumerate(rows) if row[:2] == ["largest", "changes"])
+    assert rows[at + 2][0] == "few"
+
+
 def test_refusals() -> None:
     profile = synthetic_profile(SHAPES)
     with pytest.raises(ProfileError, match=r"column='stabel'.*did you mean 'stable'"):

@@ -60,6 +60,8 @@ def test_a_changed_record_does_not_reproduce(
     assert not found.exact
     assert found.recorded is not None and found.found is not None
     assert found.recorded - found.found == pytest.approx(1e-4)
+    values = [r.value for r in board.records() if r.label == cell.method.label]
+    assert found.interval == prediction_interval([v for v in values if v is not None])
 
 
 def test_metrics_that_one_version_did_not_measure_are_left_out(
@@ -125,6 +127,26 @@ def test_records_against_those_of_another_folder(
     assert "+0.000000" in text and "other settings there: lines--ralora" in text
     with pytest.raises(FileError, match="holds no records"):
         compare_records(board, tmp_path)
+
+
+def test_differences_are_here_less_there(
+    finished: tuple[dict[str, Any], Board], tmp_path: Path
+) -> None:
+    board = finished[1]
+    for record in board.records():
+        assert record.test is not None
+        worse = record.test | {"loss": record.test["loss"] + 0.5}
+        seconds = record.seconds | {"train": 2 * record.seconds["train"]}
+        replace(record, test=worse, seconds=seconds).save(tmp_path / f"{record.name}.json")
+    pairs, others = compare_records(board, tmp_path)
+    assert [(pair.label, pair.pairs, pair.exact) for pair in pairs] == [
+        ("lora", 2, 0),
+        ("ralora", 2, 0),
+    ]
+    assert others == []
+    for pair in pairs:
+        assert pair.difference is not None and pair.difference.mean == pytest.approx(-0.5)
+        assert pair.time == pytest.approx(0.5)
 
 
 def test_a_cell_is_checked_with_the_threads_of_its_record(

@@ -46,6 +46,13 @@ def test_run_show_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert call("compare", path, "--against", tmp_path / "small") == 0
     out = capsys.readouterr().out
     assert "no cell is in both" in out and "other settings there: lines--lora" in out
+    # one seed has no interval that could save a record which is wrong
+    (path_of,) = (tmp_path / "out/records").glob("lines--lora--*.json")
+    record = json.loads(path_of.read_text())
+    record["test"]["loss"] += 1
+    path_of.write_text(json.dumps(record))
+    assert call("compare", path, "--check", "lines--lora--r2--lr0.01--seed0") == 1
+    assert "too few seeds for an interval" in capsys.readouterr().out
 
 
 def test_a_failed_cell_makes_the_command_exit_with_1(

@@ -193,6 +193,40 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch() -> None:
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
 
 
+def test_gradients_of_adapters_and_head_are_clipped_together() -> None:
+    from rankwise.experiments.loop import _step
+
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for parameter, slope in zip(parameters, (3.0, 4.0), strict=True):
+        parameter.grad = torch.tensor([slope])
+    _step([torch.optim.SGD([p], lr=1.0) for p in parameters], 1.0)
+    assert [p.item() for p in parameters] == pytest.approx([-0.6, -0.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+", "lora-fa", "lr-lora"])
+def test_weight_decay_reaches_every_optimizer(method: str) -> None:
+    from rankwise.experiments.loop import make_optimizers
+
+    adapted, _ = _adapt(method)
+    (optimizer,) = make_optimizers(adapted, 1e-2, TrainingSettings(weight_decay=0.3), ())
+    assert 0.3 in {group["weight_decay"] for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio"),
+    [
+        ("lr-lora", 0.1),
+        ({"name": "lr-lora", "amplitude_ratio": 0.5}, 0.5),
+        ({"name": "water-fill", "adapter": "lr-lora", "points": 5}, 0.1),
+    ],
+)
+def test_amplitudes_have_a_rate_of_their_own(method: str | dict[str, Any], ratio: float) -> None:
+    adapted, _ = _adapt(method)
+    assert adapted.make_optimizer is not None
+    groups = adapted.make_optimizer(adapted.model, 1e-2, 0.0).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([1e-2, ratio * 1e-2])
+
+
 def test_alpha_over_r_scales_every_update() -> None:
     for scale in (1.0, 4.0):
         for name in ("lora", "ralora", "lr-lora", "melora", "water-fill", "gralora"):
@@ -234,6 +268,9 @@ def test_the_schedule_rises_and_falls() -> None:
     assert factors[55] == pytest.approx(middle)
     linear = TrainingSettings(warmup=0.0, scheduler="linear")
     assert [rate_factor(s, 4, linear) for s in range(1, 5)] == [1.0, 0.75, 0.5, 0.25]
+    constant = TrainingSettings(warmup=0.5, scheduler="constant")
+    rates = [rate_factor(s, 4, constant) for s in range(1, 5)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert evaluation_points(10, 4) == {2, 5, 8, 10}
 
 

@@ -151,11 +151,14 @@ class TestEverythingIsGivenBack:
     def test_the_random_state_that_a_collator_draws_from(self, tiny_llama: PreTrainedModel) -> None:
         def collated(samples: list[Batch]) -> Batch:
             np.random.rand()
+            random.random()
             return samples[0]
 
+        python = random.getstate()
         before = np.random.get_state()[1].tolist(), np.random.get_state()[2]
         profile_gradients(tiny_llama, DataLoader([token_batch([6])], collate_fn=collated))
         assert (np.random.get_state()[1].tolist(), np.random.get_state()[2]) == before
+        assert random.getstate() == python
 
     @pytest.mark.parametrize("owner", ["loader", "sampler", "batch_sampler"])
     def test_the_generators_of_a_loader(self, tiny_llama: PreTrainedModel, owner: str) -> None:

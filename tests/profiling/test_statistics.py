@@ -40,6 +40,18 @@ class TestGram:
             assert_close(with_gram.gradients[name], gradient, 1e-5)
             assert plain.modules[name].fisher is None
 
+    def test_rows_in_pieces_are_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, batches = model_and_batches("llama")
+        whole = measure(model, batches, keep_gradients=True)
+        assert whole.gram is not None and whole.gradients is not None
+        # three rows of the narrowest layers at a time, one of the others
+        monkeypatch.setattr("rankwise.profiling.staging._BLOCK", 3 * len(batches) * 16)
+        pieces = measure(model, batches, keep_gradients=True)
+        assert pieces.gram is not None and pieces.gradients is not None
+        for name in whole.modules:
+            assert_close(pieces.gram[name], whole.gram[name], 1e-6)
+            assert_close(pieces.gradients[name], whole.gradients[name], 1e-6)
+
     @pytest.mark.parametrize("scale", [1e-25, 1e10])
     def test_scale(self, scale: float) -> None:
         def scaled(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from batch_reference import measure
 from rankwise.errors import ProfileError
 from rankwise.profiling import BatchLoss, GradientProfile, reduce
-from rankwise.profiling.staging import TOKEN_SPACE, GradientSum, TokenGradient, dense
+from rankwise.profiling.staging import TOKEN_SPACE, GradientSum, TokenGradient, Use, dense
 from rankwise.profiling.statistics import StreamingStatistics, sensitivity
 from rankwise.spectra import effective_rank, token_gram
 
@@ -146,6 +146,8 @@ def test_sensitivity_looks_at_every_row(monkeypatch: pytest.MonkeyPatch) -> None
     weight, gradient = torch.randn(10, 7), torch.randn(10, 7)
     expected = float((weight * gradient).double().abs().mean())
     assert sensitivity(weight, gradient) == pytest.approx(expected, rel=1e-6)
+    few = TokenGradient((Use(torch.randn(3, 7), torch.randn(3, 10), 0.5),))
+    assert sensitivity(weight, few) == pytest.approx(sensitivity(weight, few.dense()), rel=1e-6)
 
 
 def test_input_changed_in_place_is_looked_at_again() -> None:

@@ -33,6 +33,10 @@ def test_still_growing() -> None:
     assert curve(40.0, 70.0, 90.0).convergence_verdict().endswith("+28.6%: profile more")
 
 
+def test_falling_is_not_settled() -> None:
+    assert curve(40.0, 90.0, 54.0).convergence_verdict().endswith("-40.0%: profile more")
+
+
 def test_one_batch_tells_no_trend() -> None:
     assert "profile more, one measurement" in curve(40.0).convergence_verdict()
 
