@@ -36,7 +36,7 @@ class Check:
         exact: Whether every metric that both measured and every training loss is the same to the
             last bit.
         interval: Where a further run of this method, task and budget lies in 95 of 100 cases, from
-            the other seeds' spread; None where there are fewer than two seeds.
+            the spread of the recorded seeds, its own among them; None where fewer than two are.
     """
 
     name: str
